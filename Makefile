@@ -1,0 +1,51 @@
+# The JSONL files are a graph; this says which command makes which file.
+#
+#   make demo            the whole method on the embedded task, files under out/demo (make demo OUT=... elsewhere)
+#   make test            the tests
+#   make clean           remove out/demo
+
+PYTHON ?= python3
+OUT    ?= out/demo
+RUN     = .venv/bin/python
+TINY    = data/tiny
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(OUT)/predictions_stage1.jsonl $(OUT)/predictions.jsonl
+	$(RUN) eval.py $^ --out $(OUT)/eval --overwrite
+
+$(OUT)/stage1/run.json: | .venv/run
+	$(RUN) stage1_train.py --model $(TINY)/seed --data $(TINY)/train.jsonl --out $(OUT)/stage1
+
+$(OUT)/cots.jsonl: $(OUT)/stage1/run.json
+	$(RUN) gen_cot.py --model $(OUT)/stage1 --data $(TINY)/train.jsonl --out $@
+
+$(OUT)/stage2/run.json: $(OUT)/cots.jsonl
+	$(RUN) stage2_train.py --model $(TINY)/seed --data $< --out $(OUT)/stage2
+
+$(OUT)/predictions_stage1.jsonl: $(OUT)/stage1/run.json
+	$(RUN) predict.py --model $(OUT)/stage1 --data $(TINY)/test.jsonl --out $@
+
+$(OUT)/predictions.jsonl: $(OUT)/stage2/run.json
+	$(RUN) predict.py --model $(OUT)/stage2 --data $(TINY)/test.jsonl --out $@
+
+test: lint
+	$(RUN) -m pytest
+
+lint: .venv/test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf out/demo
+
+# Bytecode is compiled when a module is first imported: packages this large take a minute to compile whole
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --no-compile -r $<
+	touch $@
+
+.venv/test: requirements-dev.txt .venv/run
+	.venv/bin/pip install --quiet --no-compile -r $<
+	touch $@

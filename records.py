@@ -1,0 +1,417 @@
+"""The JSONL record, from a line of text to token ids: everything the stages must agree on. No torch here.
+
+One JSON object a line, the same fields through all stages, each stage adding its own:
+
+    id            str, unique in its file
+    prompt        str, the whole formatted judge prompt
+    cot           str, the annotated chain of thought (without a score)
+    score         number inside the range of the score grid; 3.67, a mean of three annotators, is as good as 4
+    cots          list of str, self-generated CoTs (gen_cot.py, predict.py)
+    finished      list of bool, one a CoT: did it reach the suffix by itself?
+    score_probs   list of lists, one a CoT: p(score token | prompt, CoT) in the order of the grid (predict.py)
+    off_grid      list of float, one a CoT: probability mass on tokens outside the grid
+    prediction    float, CoT-RAIL: the expected score, averaged over the CoTs
+    decoded       float, the most likely score, averaged over the CoTs
+
+The target text of a record is its CoT, then SUFFIX, then the grid token nearest to its score, then end of sequence.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SUFFIX = " So the overall score is "
+IGNORE = -100  # label of a token that carries no loss
+ROOT = Path(__file__).parent
+TINY_SEED = str(ROOT / "data/tiny/seed")  # the embedded seed model
+
+MODELS = {  # what `--model NAME` stands for; any other name is a folder or a hub id
+    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.2",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "prometheus-2-7b": "prometheus-eval/prometheus-7b-v2.0",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+
+
+class InputError(Exception):
+    """Something the caller can mend; its text says what is wrong, where, and what to do."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`; an InputError ends it in one line on stderr and exit code 2, without a traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+# ---------------------------------------------------------------------------------------------------- score grid
+
+
+class Grid(NamedTuple):
+    """The scores that are single tokens: `tokens[i]` is written in the text and is worth `values[i]`, ascending."""
+
+    tokens: tuple[str, ...] = ("1", "2", "3", "4", "5")
+    values: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0)
+
+    @classmethod
+    def parse(cls, text: str) -> "Grid":
+        """Read `1,2,3,4,5` or `1=0,3=50,5=100` (token=value).
+
+        >>> Grid.parse("1=0,3=50,5=100")
+        Grid(tokens=('1', '3', '5'), values=(0.0, 50.0, 100.0))
+        """
+        pairs = [(token.strip(), value.strip()) for token, _, value in (p.partition("=") for p in text.split(","))]
+        try:
+            values = tuple(float(value or token) for token, value in pairs)
+        except ValueError:
+            raise InputError(f"--grid {text}: every score needs a number, as in 1,2,3,4,5 or 1=0,3=50,5=100") from None
+        tokens = tuple(token for token, _ in pairs)
+        ascending = all(a < b for a, b in itertools.pairwise(values))
+        if len(tokens) < 2 or len(set(tokens)) < len(tokens) or not ascending or not all(map(math.isfinite, values)):
+            raise InputError(f"--grid {text}: give at least two different scores in ascending order")
+        return cls(tokens, values)
+
+    def __str__(self) -> str:
+        return ",".join(f"{t}={v:g}" for t, v in zip(self.tokens, self.values, strict=True))
+
+    def nearest(self, score: float) -> int:
+        """Index of the grid point nearest to `score`, halves up.
+
+        >>> [Grid().tokens[Grid().nearest(s)] for s in (1, 3.49, 3.5, 4.67)]
+        ['1', '3', '4', '5']
+        """
+        return min(range(len(self.values)), key=lambda i: (abs(self.values[i] - score), -self.values[i]))
+
+
+# ------------------------------------------------------------------------------------------------- reading records
+
+
+def parse_line(line: bytes, where: str) -> dict:
+    """One JSONL line as a dict; NaN and Infinity, which JSON does not have, are refused."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not a number")
+
+    try:
+        record = json.loads(line.decode("utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error}); every line must be one JSON object in UTF-8") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: a {type(record).__name__}, not a JSON object; every line must be one record")
+    return record
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def check_record(record: dict, grid: Grid, need: Iterable[str]) -> str | None:
+    """What is wrong with `record`, in one phrase with its remedy, or None. Checks `need` and whatever else is there."""
+    for field in need:
+        if record.get(field) is None:
+            hint = "; only gen_cot.py adds self-generated CoTs" if field == "cots" else ""
+            return f"field '{field}' is missing; this stage needs {', '.join(need)}{hint}"
+    for field in ("id", "prompt", "cot"):
+        text = record.get(field)
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            return f"field '{field}' is {json.dumps(text)[:40]}, not a string; write it as one"
+        if not text.strip():
+            return f"field '{field}' is empty; fill it in or leave the record out"
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            return f"field '{field}' holds half of a surrogate pair, which no text has; mend or remove it"
+    if SUFFIX.strip() in (record.get("cot") or ""):
+        return f"field 'cot' holds '{SUFFIX.strip()}'; end the CoT before it, the score is added from 'score'"
+    for field in ("score", "prediction", "decoded"):
+        number = record.get(field)
+        if number is not None and not _is_number(number):
+            return f"field '{field}' is {json.dumps(number)[:40]}, not a number; write it without quotes"
+    low, high = grid.values[0], grid.values[-1]
+    if record.get("score") is not None and not low <= record["score"] <= high:
+        return f"score {record['score']:g} lies outside the grid ({low:g} to {high:g}); mend it or set --grid"
+    if "finished" in need:
+        finished, n = record["finished"], len(grid.tokens)
+        if not (isinstance(finished, list) and finished and all(type(f) is bool for f in finished)):
+            return (
+                "field 'finished' does not hold one true or false a CoT; make this file with gen_cot.py or predict.py"
+            )
+        shapes = {"cots": lambda x: isinstance(x, str), "off_grid": _is_number}
+        shapes["score_probs"] = lambda x: isinstance(x, list) and len(x) == n and all(map(_is_number, x))
+        for field, right in shapes.items():
+            if field in need and not (
+                isinstance(record[field], list)
+                and len(record[field]) == len(finished)
+                and all(map(right, record[field]))
+            ):
+                per_score = f" with {n} scores (is --grid right?)" if field == "score_probs" else ""
+                return f"field '{field}' does not hold one entry a CoT{per_score}; make this file with gen_cot.py or predict.py"
+    return None
+
+
+def read_records(path: str | Path, *, grid: Grid, need: Iterable[str] = ("id", "prompt")) -> list[dict]:
+    """Read a JSONL file of records, every line checked; unknown fields are kept.
+
+    Raises InputError, `path:line: what is wrong and what to do`, at the first bad line; also for an empty file.
+    """
+    need, records, first_seen = tuple(need), [], {}
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; give a JSONL file of records (data/*/prepare.py make some)")
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            record = parse_line(line, f"{path}:{number}")
+            wrong = check_record(record, grid, need)
+            if wrong is None and record["id"] in first_seen:
+                wrong = f"id {record['id']!r} was already used in line {first_seen[record['id']]}; ids must be unique"
+            if wrong:
+                raise InputError(f"{path}:{number}: {wrong}")
+            first_seen[record["id"]] = number
+            records.append(record)
+    if not records:
+        raise InputError(f"{path}: no records in it; was it cut off while being made?")
+    return records
+
+
+def read_items(path: str) -> list[dict]:
+    """The rows of somebody else's file, a JSON array or JSONL, for the data sets' prepare.py. Raises InputError."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        text = file.read()
+    if text.lstrip()[:1] == b"[":
+        try:
+            items = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{path}: not a JSON array ({error})") from None
+    else:
+        items = [
+            parse_line(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()
+        ]
+    if not items:
+        raise InputError(f"{path}: no rows in it")
+    return items
+
+
+def clean_prompt(instruction: str) -> str:
+    """A Prometheus prompt up to its closing "###Feedback:", which some files follow with stray quotes and commas."""
+    before, marker, after = instruction.rpartition("###Feedback:")
+    return before + marker if marker and not after.strip(" \n\"',") else instruction.strip()
+
+
+def clean_cot(feedback: str) -> str:
+    """GPT-4's feedback as a CoT: cut where it announces the score ("So the overall", else "[RESULT]"), as in the paper."""
+    return feedback.partition("So the overall")[0].partition("[RESULT]")[0].removeprefix("Feedback:").strip()
+
+
+# ------------------------------------------------------------------------------------- from a record to token ids
+
+
+class ScoreTokens(NamedTuple):
+    suffix_ids: list[int]  # what SUFFIX becomes after a CoT, up to where the scores part
+    score_ids: list[int]  # one token id a grid point
+
+
+def prompt_ids(tokenizer, prompt: str) -> list[int]:
+    """The prompt in the tokenizer's chat template, ready for the answer, with exactly one BOS where the model has one.
+
+    A tokenizer without a chat template (a base model) gets the plain prompt and a newline.
+    """
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:
+        text = prompt.rstrip() + "\n"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    bos = tokenizer.bos_token_id
+    # Some templates write BOS themselves, some leave it to the tokenizer, and a few models (Qwen) have none in use.
+    if bos is not None and ids[:1] != [bos] and tokenizer("a").input_ids[:1] == [bos]:
+        ids = [bos, *ids]
+    return ids
+
+
+def target_ids(tokenizer, cot: str, score_token: str) -> list[int]:
+    """CoT, SUFFIX and score as one text (no end of sequence): tokenised apart from the prompt, so that no token can
+    straddle the border and the prompt is the same in training and in generation. The score is the last token."""
+    return tokenizer((cot.strip() + SUFFIX + score_token).lstrip(), add_special_tokens=False).input_ids
+
+
+def prefix_ids(tokenizer, prompt: str, cot: str, grid: Grid) -> list[int]:
+    """Everything up to the position that predicts the score: prompt, CoT and SUFFIX. `cot` is "" without CoT."""
+    return prompt_ids(tokenizer, prompt) + target_ids(tokenizer, cot, grid.tokens[0])[:-1]
+
+
+def score_tokens(tokenizer, grid: Grid) -> ScoreTokens:
+    """Derive the score tokens in context: tokenise a CoT and SUFFIX with each score and find where they part.
+
+    So it holds where the space melts into the digit (GPT-2: " 4") as well as where it is a token of its own (Mistral,
+    Llama-3). Raises InputError where two scores do not differ in exactly one token, or without end of sequence.
+    """
+    name = Path(tokenizer.name_or_path or "tokenizer").name
+    context = "The answer is good."
+    targets = [target_ids(tokenizer, context, token) for token in grid.tokens]
+    prefix = targets[0][:-1]
+    for token, ids in zip(grid.tokens, targets, strict=True):
+        first = (token, ids) == (grid.tokens[0], targets[0])
+        if ids[:-1] != prefix or (not first and ids == targets[0]) or ids[-1] == tokenizer.unk_token_id:
+            raise InputError(
+                f"tokenizer {name}: scores {grid.tokens[0]!r} and {token!r} do not differ in exactly one token "
+                f"({targets[0][-3:]} and {ids[-3:]}); choose single-token scores, as in --grid 1=0,3=50,5=100"
+            )
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"tokenizer {name}: has no end-of-sequence token; add one to its tokenizer_config.json")
+    cot_ids = tokenizer(context, add_special_tokens=False).input_ids
+    start = next((i for i, (a, b) in enumerate(zip(cot_ids, prefix, strict=False)) if a != b), len(cot_ids))
+    return ScoreTokens(suffix_ids=prefix[start:], score_ids=[ids[-1] for ids in targets])
+
+
+class Example(NamedTuple):
+    """One training sequence. `labels[t]` is `ids[t]` where the token carries loss and IGNORE elsewhere."""
+
+    id: str
+    ids: list[int]
+    labels: list[int]
+    score_position: int | None  # index of the score token in `ids`; the logits one before it predict the score
+    score: float | None  # the real-valued target of the squared error
+
+
+def encode(tokenizer, record: dict, *, grid: Grid, score_ids: list[int], no_cot: bool = False) -> Example:
+    """Prompt (no loss), CoT, SUFFIX, score token and end of sequence of one record with `prompt`, `cot`, `score`.
+
+    Without CoT the suffix is always given, never predicted, so only the score and the end of sequence carry loss.
+    A record whose score is None ends before its score: text to pretrain a score-free seed model on.
+    Raises InputError where the score does not come out as the expected token.
+    """
+    prompt = prompt_ids(tokenizer, record["prompt"])
+    cot = "" if no_cot else record["cot"]
+    if record["score"] is None:
+        target = target_ids(tokenizer, cot, grid.tokens[0])[:-1]
+        return Example(record["id"], prompt + target, [IGNORE] * len(prompt) + target, None, None)
+    point = grid.nearest(record["score"])
+    target = target_ids(tokenizer, cot, grid.tokens[point])
+    if target[-1] != score_ids[point]:
+        raise InputError(f"record {record['id']!r}: its score became token {target[-1]}, not {score_ids[point]}")
+    ids = prompt + target + [tokenizer.eos_token_id]
+    unsupervised = len(prompt) + (len(target) - 1 if no_cot else 0)
+    return Example(
+        record["id"], ids, [IGNORE] * unsupervised + ids[unsupervised:], len(ids) - 2, float(record["score"])
+    )
+
+
+def too_long(lengths: dict[str, int], max_length: int) -> set[str]:
+    """The ids of what is longer than `max_length` tokens: such a record is left out, never cut.
+
+    Raises InputError if nothing would be left.
+    """
+    if min(lengths.values()) > max_length:
+        shortest = min(lengths.values())
+        raise InputError(
+            f"all {len(lengths)} records are longer than --max-length {max_length} (the shortest has {shortest} tokens)"
+        )
+    return {id for id, length in lengths.items() if length > max_length}
+
+
+def report(ids: Iterable[str], what: str) -> None:
+    """Say at the end of a run how many records something befell, and which (the first few)."""
+    if ids := list(ids):
+        print(f"{len(ids)} records {what}: {', '.join(ids[:5])}{', …' if len(ids) > 5 else ''}")
+
+
+# ------------------------------------------------------------------------------------------------- files of a run
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_line(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write beside `path`, flush to disk and rename: `path` is either whole or as it was before."""
+    beside = Path(f"{path}.tmp")
+    with open(beside, "w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    beside.replace(path)
+
+
+def write_run(path: Path, *, arguments: dict, inputs: Iterable[str], started: float, **facts: Any) -> None:
+    """Write the record of a finished run: what was asked, on what, with which versions, and what came out."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    packages = ("torch", "transformers", "tokenizers", "numpy", "scipy")
+    run = {
+        "script": Path(sys.argv[0]).name,
+        "arguments": arguments,
+        "inputs": {str(path): sha256(path) for path in inputs},
+        "git_commit": commit.stdout.strip() or None,
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "wall_seconds": round(time.time() - started, 1),
+        **facts,
+    }
+    write_whole(path, json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_run(model: str) -> dict:
+    """The run.json inside a checkpoint folder of ours; {} for any other model."""
+    path = Path(model) / "run.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+def choose_grid(asked: str | None, model: str) -> Grid:
+    """The grid of `--grid`, else the one that travels with the checkpoint, else 1,2,3,4,5; they may not disagree."""
+    carried = read_run(model).get("grid")
+    if asked and carried and Grid.parse(asked) != Grid.parse(carried):
+        raise InputError(f"--grid {asked}: {model} was trained on {carried}; leave --grid away")
+    return Grid.parse(asked or carried) if asked or carried else Grid()
+
+
+def choose_out(out: Path, overwrite: bool) -> None:
+    """Refuse to write over what another run finished."""
+    if out.exists() and not overwrite:
+        raise InputError(f"{out}: already holds a finished run; choose another --out, or --overwrite to replace it")
+
+
+# ---------------------------------------------------------------------------------------- the same words everywhere
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring of the script as it stands, and every default."""
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that mean the same in every script that runs a model."""
+    group = parser.add_argument_group("common")
+    group.add_argument(
+        "--grid",
+        help="scores as tokens, 1,2,3,4,5, or token=value pairs, 1=0,3=50,5=100; None: the checkpoint's, else 1,2,3,4,5",
+    )
+    group.add_argument(
+        "--max-length", type=int, default=3000, help="tokens; longer records are left out and counted, never cut"
+    )
+    group.add_argument("--seed", type=int, default=0, help="random seed")
+    group.add_argument("--overwrite", action="store_true", help="replace what an earlier run left at --out")
