@@ -10,8 +10,6 @@ interval from the same resampled records for both. What has no score is counted,
 import argparse
 import json
 import math
-import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ def correlation(of, a: np.ndarray, b: np.ndarray) -> float:
     return math.nan if a.std() == 0 or b.std() == 0 else float(of(a, b)[0])
 
 
+KINDS = ("prediction", "decoded")  # CoT-RAIL, and the most likely score
 METRICS = {  # (predicted (n,), true (n,)) → number
     "pearson": lambda p, y: correlation(stats.pearsonr, p, y),
     "spearman": lambda p, y: correlation(stats.spearmanr, p, y),
@@ -82,7 +81,7 @@ def reliability(rows: list[dict], grid: Grid, bins: int = 10) -> list[dict]:
     return points
 
 
-def draw(files: dict[str, list[dict]], grids: dict[str, Grid], reliable: dict[str, list[dict]], path: Path) -> None:
+def draw(files: dict[str, list[dict]], grids: dict[str, Grid], report: dict, path: Path) -> None:
     """One column a file: predicted against true score, and the reliability of the score distribution."""
     import matplotlib
 
@@ -90,44 +89,96 @@ def draw(files: dict[str, list[dict]], grids: dict[str, Grid], reliable: dict[st
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, len(files), figsize=(4 * len(files), 7.4), squeeze=False, layout="constrained")
-    for column, (name, rows) in enumerate(files.items()):
-        grid, top, bottom = grids[name], axes[0, column], axes[1, column]
+    for (name, rows), (top, bottom) in zip(files.items(), axes.T, strict=True):
+        grid, rows = grids[name], [row for row in rows if row.get("score") is not None]
         true = np.array([row["score"] for row in rows])
         predicted = np.array([row["prediction"] for row in rows])
         jitter = np.random.default_rng(0).uniform(-0.02, 0.02, len(rows)) * (grid.values[-1] - grid.values[0])
         top.plot(true + jitter, predicted, ".", alpha=0.25, markeredgewidth=0)
         levels = np.unique(true)
         if len(levels) <= 20:
-            top.plot(
-                levels,
-                [predicted[true == level].mean() for level in levels],
-                "o-",
-                color="black",
-                label="mean prediction",
-            )
+            means = [predicted[true == level].mean() for level in levels]
+            top.plot(levels, means, "o-", color="black", label="mean prediction")
         top.plot(grid.values, grid.values, "--", color="gray", label="prediction = true score")
-        top.set(title=name, xlabel="true score", ylabel="prediction")
+        top.set(title=Path(name).stem, xlabel="true score", ylabel="prediction", ylim=(grid.values[0], grid.values[-1]))
         top.legend(frameon=False, fontsize=8)
         for token in grid.tokens:
-            points = [p for p in reliable[name] if p["score"] == token]
-            bottom.plot([p["predicted"] for p in points], [p["observed"] for p in points], ".-", label=token)
+            bins = [p for p in report["files"][name]["reliability"] if p["score"] == token and p["n"] >= 10]  # fewer: noise
+            bottom.plot([p["predicted"] for p in bins], [p["observed"] for p in bins], ".-", label=token)
         bottom.plot([0, 1], [0, 1], "--", color="gray")
         bottom.set(xlabel="p(score), predicted", ylabel="share of records with that score", xlim=(0, 1), ylim=(0, 1))
         bottom.legend(frameon=False, fontsize=8, title="score")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def cell(entry: dict, digits: int = 3) -> str:
-    if entry["value"] is None:
-        return "undefined"
-    return f"{entry['value']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"
+def compare(files: dict[str, list[dict]], grids: dict[str, Grid], *, resamples: int, seed: int) -> dict:
+    """All metrics of all files, on the records that have a score and are in every file; the first file is the reference.
+
+    Raises InputError where there is no such record, or where the files do not agree on the true scores.
+    """
+    scored = {path: {row["id"]: row for row in rows if row.get("score") is not None} for path, rows in files.items()}
+    first = next(iter(files))
+    ids = [id for id in scored[first] if all(id in rows for rows in scored.values())]
+    if not ids:
+        raise InputError(f"{', '.join(files)}: no record with a score in common; nothing to evaluate")
+    for path, rows in scored.items():
+        if any(rows[id]["score"] != scored[first][id]["score"] for id in ids):
+            raise InputError(f"{path}: its true scores differ from those of {first}; compare predictions of the same data")
+
+    true = np.array([scored[first][id]["score"] for id in ids], dtype=float)
+    columns = {(path, kind): np.array([scored[path][id][kind] for id in ids]) for path in files for kind in KINDS}
+    samples = bootstrap(columns, true, resamples=resamples, seed=seed)
+    report: dict = {"reference": first, "evaluated": len(ids), "resamples": resamples, "seed": seed, "files": {}}
+    for path, rows in files.items():
+        evaluated = [scored[path][id] for id in ids]
+        finished = [f for row in evaluated for f in row["finished"]]
+        entry = report["files"][path] = {
+            "sha256": records.sha256(path),
+            "grid": str(grids[path]),
+            "records": len(rows),
+            "without_score": len(rows) - len(scored[path]),
+            "not_in_all_files": len(scored[path]) - len(ids),
+            "cots": len(finished),
+            "unfinished_rate": finished.count(False) / len(finished),
+            "off_grid_mean": float(np.mean([o for row in evaluated for o in row["off_grid"]])),
+        }
+        for kind in KINDS:
+            entry[kind] = {metric: interval(s) for metric, s in samples[path, kind].items()}
+        if path != first:
+            entry["difference"] = {
+                kind: {metric: interval(s - samples[first, kind][metric]) for metric, s in samples[path, kind].items()}
+                for kind in KINDS
+            }
+        entry["reliability"] = reliability(evaluated, grids[path])
+    return report
 
 
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, ["-" * width for width in widths], *rows):
-        print("| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |")
+def show(report: dict) -> None:
+    """The report as tables on the terminal."""
+
+    def cell(entry: dict) -> str:
+        return "undefined" if entry["value"] is None else "{value:.3f} [{low:.3f}, {high:.3f}]".format(**entry)
+
+    def table(entries: dict[str, dict]) -> None:
+        rows = [[Path(path).stem, kind, *map(cell, entry[kind].values())] for path, entry in entries.items() for kind in KINDS]
+        rows.insert(0, ["file", "score", *METRICS])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        rows.insert(1, ["-" * width for width in widths])
+        for row in rows:
+            print("| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |")
+        print()
+
+    files = report["files"]
+    print(f"{report['evaluated']} records, 95 % bootstrap intervals\n")
+    table(files)
+    if len(files) > 1:
+        print(f"Difference to {Path(report['reference']).stem} on the same records\n")
+        table({path: entry["difference"] for path, entry in files.items() if "difference" in entry})
+    for path, entry in files.items():
+        missing = [f", {entry[key]} {key.replace('_', ' ')}" for key in ("without_score", "not_in_all_files") if entry[key]]
+        print(f"{path}: {entry['unfinished_rate']:.1%} of {entry['cots']} CoTs unfinished, ", end="")
+        print(f"mean off-grid mass {entry['off_grid_mean']:.4f}{''.join(missing)}")
 
 
 def main() -> None:
@@ -139,89 +190,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="random seed of the bootstrap")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation at --out")
     args = parser.parse_args()
-    started = time.time()
     records.choose_out(args.out / "metrics.json", args.overwrite)
     if len(set(args.predictions)) < len(args.predictions):
         raise InputError("the same prediction file is given twice; give each once")
 
-    # Read; keep what has a score and, of several files, what they share
     grids = {path: grid_of(path, args.grid) for path in args.predictions}
     need = ("id", "prediction", "decoded", "score_probs", "off_grid", "finished")
-    rows = {path: records.read_records(path, grid=grids[path], need=need) for path in args.predictions}
-    counts = {
-        path: {"records": len(r), "without_score": sum(x.get("score") is None for x in r)} for path, r in rows.items()
-    }
-    scored = {path: {x["id"]: x for x in r if x.get("score") is not None} for path, r in rows.items()}
-    first = args.predictions[0]
-    shared = [id for id in scored[first] if all(id in s for s in scored.values())]
-    if not shared:
-        raise InputError(f"{', '.join(args.predictions)}: no record with a score in common; nothing to evaluate")
-    for path in args.predictions:
-        counts[path] |= {"evaluated": len(shared), "not_in_all_files": len(scored[path]) - len(shared)}
-        if any(scored[path][id]["score"] != scored[first][id]["score"] for id in shared):
-            raise InputError(
-                f"{path}: its true scores differ from those of {first}; compare predictions of the same data"
-            )
-    rows = {path: [scored[path][id] for id in shared] for path in args.predictions}
-    true = np.array([row["score"] for row in rows[first]], dtype=float)
+    files = {path: records.read_records(path, grid=grids[path], need=need) for path in args.predictions}
+    report = compare(files, grids, resamples=args.resamples, seed=args.seed)
 
-    # Measure
-    columns = {
-        (path, kind): np.array([row[kind] for row in r])
-        for path, r in rows.items()
-        for kind in ("prediction", "decoded")
-    }
-    samples = bootstrap(columns, true, resamples=args.resamples, seed=args.seed)
-    reliable = {path: reliability(r, grids[path]) for path, r in rows.items()}
-    report: dict = {"first": first, "resamples": args.resamples, "seed": args.seed, "files": {}}
-    for path, r in rows.items():
-        finished = [f for row in r for f in row["finished"]]
-        off_grid = [o for row in r for o in row["off_grid"]]
-        report["files"][path] = {
-            "sha256": records.sha256(path),
-            "grid": str(grids[path]),
-            **counts[path],
-            "cots": len(finished),
-            "unfinished_rate": 1 - float(np.mean(finished)),
-            "off_grid_mean": float(np.mean(off_grid)),
-            **{kind: {m: interval(s) for m, s in samples[path, kind].items()} for kind in ("prediction", "decoded")},
-            "reliability": reliable[path],
-        }
-        if path != first:
-            report["files"][path]["difference_to_first"] = {
-                kind: {m: interval(s - samples[first, kind][m]) for m, s in samples[path, kind].items()}
-                for kind in ("prediction", "decoded")
-            }
-
-    # Show
     args.out.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        draw(rows, grids, reliable, args.out / "figure.png")
-    report["seconds"] = round(time.time() - started, 1)
+    draw(files, grids, report, args.out / "figure.png")
     records.write_whole(args.out / "metrics.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-
-    print(f"{len(shared)} records, 95 % bootstrap intervals\n")
-    table = [
-        [Path(path).stem, kind, *(cell(report["files"][path][kind][m]) for m in METRICS)]
-        for path in rows for kind in ("prediction", "decoded")
-    ]  # fmt: skip
-    print_table(["file", "score", *METRICS], table)
-    if len(rows) > 1:
-        print(f"\nDifference to {Path(first).stem} on the same records\n")
-        table = [
-            [Path(path).stem, kind, *(cell(report["files"][path]["difference_to_first"][kind][m]) for m in METRICS)]
-            for path in rows if path != first for kind in ("prediction", "decoded")
-        ]  # fmt: skip
-        print_table(["file", "score", *METRICS], table)
-    print()
-    for path, entry in report["files"].items():
-        missing = "".join(
-            f", {entry[key]} {key.replace('_', ' ')}" for key in ("without_score", "not_in_all_files") if entry[key]
-        )
-        print(
-            f"{path}: {entry['unfinished_rate']:.1%} of {entry['cots']} CoTs unfinished, mean off-grid mass {entry['off_grid_mean']:.4f}{missing}"
-        )
+    show(report)
     print(f"{args.out}/metrics.json, {args.out}/figure.png")
 
 

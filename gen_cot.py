@@ -89,9 +89,7 @@ def random_numbers(name: str, n: int) -> Tensor:
     return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
 
 
-def feed(
-    model, cache: DynamicCache, ids: Tensor, mask: Tensor, positions: Tensor, rows_at: Tensor | None = None
-) -> Tensor:
+def feed(model, cache: DynamicCache, ids: Tensor, mask: Tensor, positions: Tensor, rows_at: Tensor | None = None) -> Tensor:
     """Append `ids` (B, N) to the cache; logits (B, V) of the last of them, or of column `rows_at` (B,) in each row.
 
     mask (B, T + N) marks the real tokens of the cache and of `ids`; positions (B, N) are theirs in their own sequence.
@@ -176,9 +174,7 @@ def read_scores(model, written: Written, wanted: list[list[int]], *, score_ids: 
     """
     kept, tails = [], []
     for cached, ids in zip(written.cached, wanted, strict=True):
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(cached, ids, strict=False)) if a != b), min(len(cached), len(ids))
-        )
+        shared = next((i for i, (a, b) in enumerate(zip(cached, ids, strict=False)) if a != b), min(len(cached), len(ids)))
         kept.append(min(shared, len(ids) - 1))  # the last token is fed in any case: its logits are what we are after
         tails.append(ids[kept[-1] :])
     longest = max(map(len, tails))
@@ -373,23 +369,15 @@ def make_parser(description: str, *, model: str, data: str, out: str) -> argpars
     """The options of both scripts that generate."""
     parser = argparse.ArgumentParser(description=description, formatter_class=records.Help)
     group = parser.add_argument_group("what goes in and out")
-    group.add_argument(
-        "--model", default=model, help=f"checkpoint folder, hub id or one of {', '.join(records.MODELS)}"
-    )
+    group.add_argument("--model", default=model, help=f"checkpoint folder, hub id or one of {', '.join(records.MODELS)}")
     group.add_argument("--data", default=data, help="JSONL file of records")
     group.add_argument("--out", type=Path, default=Path(out), help="JSONL file to write")
     group = parser.add_argument_group("sampling")
     paper = Sampling()
     group.add_argument("--num-cots", type=int, default=paper.num_cots, help="CoTs a prompt")
-    group.add_argument(
-        "--max-new-tokens", type=int, default=paper.max_new_tokens, help="tokens; a longer CoT is unfinished"
-    )
-    group.add_argument(
-        "--temperature", type=float, default=paper.temperature, help="0 always takes the most likely token"
-    )
-    group.add_argument(
-        "--top-p", type=float, default=paper.top_p, help="sample from the smallest set of tokens with this mass"
-    )
+    group.add_argument("--max-new-tokens", type=int, default=paper.max_new_tokens, help="tokens; a longer CoT is unfinished")
+    group.add_argument("--temperature", type=float, default=paper.temperature, help="0 always takes the most likely token")
+    group.add_argument("--top-p", type=float, default=paper.top_p, help="sample from the smallest set of tokens with this mass")
     group.add_argument("--repetition-penalty", type=float, default=paper.repetition_penalty, help="1 is none")
     group.add_argument("--batch-size", type=int, default=16, help="sequences on the device at a time")
     records.add_common_arguments(parser)
@@ -397,9 +385,7 @@ def make_parser(description: str, *, model: str, data: str, out: str) -> argpars
 
 
 def main() -> None:
-    parser = make_parser(
-        __doc__, model="out/stage1", data=str(records.ROOT / "data/tiny/train.jsonl"), out="out/cots.jsonl"
-    )
+    parser = make_parser(__doc__, model="out/stage1", data=str(records.ROOT / "data/tiny/train.jsonl"), out="out/cots.jsonl")
     args = vars(parser.parse_args())
     sampling = Sampling(**{name: args.pop(name) for name in Sampling._fields})
     judge_file(

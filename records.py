@@ -153,16 +153,12 @@ def check_record(record: dict, grid: Grid, need: Iterable[str]) -> str | None:
     if "finished" in need:
         finished, n = record["finished"], len(grid.tokens)
         if not (isinstance(finished, list) and finished and all(type(f) is bool for f in finished)):
-            return (
-                "field 'finished' does not hold one true or false a CoT; make this file with gen_cot.py or predict.py"
-            )
+            return "field 'finished' does not hold one true or false a CoT; make this file with gen_cot.py or predict.py"
         shapes = {"cots": lambda x: isinstance(x, str), "off_grid": _is_number}
         shapes["score_probs"] = lambda x: isinstance(x, list) and len(x) == n and all(map(_is_number, x))
         for field, right in shapes.items():
             if field in need and not (
-                isinstance(record[field], list)
-                and len(record[field]) == len(finished)
-                and all(map(right, record[field]))
+                isinstance(record[field], list) and len(record[field]) == len(finished) and all(map(right, record[field]))
             ):
                 per_score = f" with {n} scores (is --grid right?)" if field == "score_probs" else ""
                 return f"field '{field}' does not hold one entry a CoT{per_score}; make this file with gen_cot.py or predict.py"
@@ -206,9 +202,7 @@ def read_items(path: str) -> list[dict]:
         except ValueError as error:
             raise InputError(f"{path}: not a JSON array ({error})") from None
     else:
-        items = [
-            parse_line(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()
-        ]
+        items = [parse_line(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not items:
         raise InputError(f"{path}: no rows in it")
     return items
@@ -314,9 +308,7 @@ def encode(tokenizer, record: dict, *, grid: Grid, score_ids: list[int], no_cot:
         raise InputError(f"record {record['id']!r}: its score became token {target[-1]}, not {score_ids[point]}")
     ids = prompt + target + [tokenizer.eos_token_id]
     unsupervised = len(prompt) + (len(target) - 1 if no_cot else 0)
-    return Example(
-        record["id"], ids, [IGNORE] * unsupervised + ids[unsupervised:], len(ids) - 2, float(record["score"])
-    )
+    return Example(record["id"], ids, [IGNORE] * unsupervised + ids[unsupervised:], len(ids) - 2, float(record["score"]))
 
 
 def too_long(lengths: dict[str, int], max_length: int) -> set[str]:

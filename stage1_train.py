@@ -56,9 +56,7 @@ def load_tokenizer(name: str):
     """Tokenizer of an alias, a checkpoint folder or a hub id. Raises InputError where there is none."""
     name = records.MODELS.get(name, name)
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise InputError(
-            f"{name}: a folder, but no checkpoint (no config.json in it); give the --out of a training stage"
-        )
+        raise InputError(f"{name}: a folder, but no checkpoint (no config.json in it); give the --out of a training stage")
     transformers_logging.set_verbosity_error()  # its tracebacks and hints would bury our one line
     transformers_logging.disable_progress_bar()
     try:
@@ -80,9 +78,7 @@ def load_model(name: str, *, dtype: torch.dtype):
     # The loss applies the head to supervised rows alone; that is the whole model only if nothing comes after the head.
     ids = torch.arange(3, device=device())[None]
     with torch.no_grad():
-        if not torch.allclose(
-            head(model, model.get_decoder()(ids).last_hidden_state), model(ids).logits, rtol=1e-2, atol=1e-2
-        ):
+        if not torch.allclose(head(model, model.get_decoder()(ids).last_hidden_state), model(ids).logits, rtol=1e-2, atol=1e-2):
             raise InputError(
                 f"{name}: scales or caps its logits after the head, which this code does not follow; choose another"
             )
@@ -123,9 +119,7 @@ def collate(examples: list[Example], pad_id: int) -> dict[str, Tensor]:
 def supervised_logits(model, batch: dict[str, Tensor]) -> Tensor:
     """Logits of the supervised rows alone, (R, V): the head never sees prompt or padding, which is most of a batch."""
     decoder = model.get_decoder()
-    hidden = decoder(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state
+    hidden = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).last_hidden_state
     return head(model, hidden[batch["predicts"]])  # (B, T, D) → (R, D) → (R, V)
 
 
@@ -183,9 +177,7 @@ def train(
             for window in windows(lengths, batch_size * accumulation, seed + epoch):
                 window = [examples[i] for i in window]
                 n_sequences = sum(e.score is not None for e in window)
-                n_tokens = sum(label != IGNORE for e in window for label in e.labels) - (
-                    0 if score_in_ce else n_sequences
-                )
+                n_tokens = sum(label != IGNORE for e in window for label in e.labels) - (0 if score_in_ce else n_sequences)
 
                 parts = []
                 for i in range(0, len(window), batch_size):
@@ -202,9 +194,7 @@ def train(
                 step += 1
                 if not math.isfinite(value) or not math.isfinite(grad_norm):
                     ids = ", ".join(e.id for e in window)
-                    raise InputError(
-                        f"step {step}: the loss or its gradient is not finite (records {ids}); try a lower --lr"
-                    )
+                    raise InputError(f"step {step}: the loss or its gradient is not finite (records {ids}); try a lower --lr")
                 line = {"step": step, "epoch": epoch, "loss": value, "ce": ce, "squared_error": squared_error}
                 line |= {"grad_norm": grad_norm, "lr": schedule.get_last_lr()[0]}
                 optimiser.step()
@@ -380,9 +370,7 @@ def fit(
         shutil.rmtree(out)
     part.rename(out)
     if metrics:
-        print(
-            "held out: " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
-        )
+        print("held out: " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
     records.report(too_long, f"left out, longer than --max-length {max_length}")
     print(f"{out}: stage {stage} done in {seconds:.0f} s")
 
@@ -406,9 +394,7 @@ def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
         "--val-fraction", type=float, default=0.05, help="share of the records held out, chosen by id and --seed"
     )
     group = parser.add_argument_group("loss: ce-weight · CE + λ · squared error")
-    group.add_argument(
-        "--lambda", dest="lam", type=float, default=1.0, help="λ, weight of the squared error; 0 leaves CE"
-    )
+    group.add_argument("--lambda", dest="lam", type=float, default=1.0, help="λ, weight of the squared error; 0 leaves CE")
     group.add_argument("--ce-weight", type=float, default=1.0, help="weight of the cross-entropy; 0 leaves pure RAFT")
     group.add_argument(
         "--mask-score", action="store_true", help="keep the score token out of the CE, as the authors' code does"

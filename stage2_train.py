@@ -14,12 +14,8 @@ from stage1_train import fit, make_parser
 def main() -> None:
     parser = make_parser(__doc__, stage=2)
     group = parser.add_argument_group("stage 2")
-    group.add_argument(
-        "--keep-unfinished", action="store_true", help="also train on CoTs that never reached the suffix"
-    )
-    group.add_argument(
-        "--continue-from-stage1", action="store_true", help="--model is p_s and this is meant (ablation A.4)"
-    )
+    group.add_argument("--keep-unfinished", action="store_true", help="also train on CoTs that never reached the suffix")
+    group.add_argument("--continue-from-stage1", action="store_true", help="--model is p_s and this is meant (ablation A.4)")
     args = parser.parse_args()
 
     stage = records.read_run(args.model).get("stage")

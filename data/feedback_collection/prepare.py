@@ -37,9 +37,7 @@ def convert(row: dict, number: int, where: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=records.Help)
     parser.add_argument("--file", help="local JSON array or JSONL file; None: the hub data set")
-    parser.add_argument(
-        "--out", default=str(Path(__file__).parent / "train.jsonl"), help="JSONL file of training records"
-    )
+    parser.add_argument("--out", default=str(Path(__file__).parent / "train.jsonl"), help="JSONL file of training records")
     args = parser.parse_args()
     if args.file:
         rows = records.read_items(args.file)

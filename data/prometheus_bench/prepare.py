@@ -31,9 +31,7 @@ def convert(items: list[dict], name: str, path: str) -> tuple[list[dict], list[d
             raise InputError(f"{where}: no 'instruction' text; is this a bench file of prometheus-eval?")
         scores, feedbacks = as_list(item.get("gpt4_score")), as_list(item.get("gpt4_feedback"))
         if not scores or any(isinstance(s, bool) or not isinstance(s, int | float) for s in scores):
-            raise InputError(
-                f"{where}: 'gpt4_score' is {item.get('gpt4_score')!r}, neither a number nor a list of them"
-            )
+            raise InputError(f"{where}: 'gpt4_score' is {item.get('gpt4_score')!r}, neither a number nor a list of them")
         record = {"id": f"{name}-{number:04}", "prompt": records.clean_prompt(item["instruction"])}
         test.append(record | {"score": sum(scores) / len(scores)})
         for k, (feedback, score) in enumerate(zip(feedbacks, scores, strict=False), 1):
@@ -55,9 +53,8 @@ def main() -> None:
     print(f"{args.out}: {len(test)} records of {len(items)} items")
     if args.train:
         records.write_whole(args.train, "".join(map(records.to_line, train)))
-        print(
-            f"{args.train}: {len(train)} records of {feedbacks} feedbacks ({feedbacks - len(train)} without text or label left out)"
-        )
+        left_out = feedbacks - len(train)
+        print(f"{args.train}: {len(train)} records of {feedbacks} feedbacks ({left_out} without text or label left out)")
 
 
 if __name__ == "__main__":

@@ -69,18 +69,16 @@ def main() -> None:
         "score_ids": torch.tensor(score_ids, device=device()),
         "score_values": torch.tensor(grid.values, device=device()),
     }
-    for line in train(
+    log = list(train(
         model, examples, loss=partial(cot_raft_loss, lam=0.0, **values), score_in_ce=True, pad_id=tokenizer.pad_token_id,
         lr=3e-3, warmup=0.05, weight_decay=0.01, clip=1.0, epochs=1, batch_size=32, accumulation=1, seed=args.seed,
         bf16=False, label="seed model",
-    ):  # fmt: skip
-        pass
+    ))  # fmt: skip
     shutil.rmtree(args.out, ignore_errors=True)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    print(
-        f"{args.out}: {sum(p.numel() for p in model.parameters())} parameters, {len(tokenizer)} words, final CE {line['ce']:.3f}"
-    )
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{args.out}: {size} parameters, {len(tokenizer)} words, final CE {log[-1]['ce']:.3f}")
 
 
 if __name__ == "__main__":

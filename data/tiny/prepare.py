@@ -61,9 +61,7 @@ def sample(rng: random.Random, *, random_verdict: bool = False) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent, help="folder to write to (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the task (default: %(default)s)")
     args = parser.parse_args()
     for split, size in SPLITS.items():

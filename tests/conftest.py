@@ -1,0 +1,92 @@
+"""Real tokenizers and small random models; everything is made on the spot."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may need the hub
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaTokenizer, MistralConfig, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+MISTRAL_TEMPLATE = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+CORPUS = ["The answer is good. So the overall score is 1 2 3 4 5", "So the overall score is 10 " * 3] * 50
+
+
+@pytest.fixture(scope="session")
+def mistral_tokenizer(tmp_path_factory):
+    """Mistral-7B-Instruct's own tokenizer (SentencePiece, 32,000 tokens), from the package mistral-common."""
+    import mistral_common
+
+    folder = tmp_path_factory.mktemp("mistral")
+    shutil.copy(Path(mistral_common.__file__).parent / "data/tokenizer.model.v1", folder / "tokenizer.model")
+    tokenizer = LlamaTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = MISTRAL_TEMPLATE
+    return tokenizer
+
+
+def byte_level(pre_tokenizer) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer trained on the suffix, without chat template, as base models have."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizer
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<|end|>"]))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer():
+    """GPT-2 style: the space melts into the digit, " 4" is one token."""
+    return byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer():
+    """Llama-3 style: digits are split off first, so the space before a score is a token of its own."""
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return byte_level(pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]))
+
+
+def random_model(tokenizer, seed: int = 0, **config):
+    torch.manual_seed(seed)
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    small |= dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, sliding_window=None, initializer_range=0.3)
+    return AutoModelForCausalLM.from_config(MistralConfig(**small | config)).eval()
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    def write(name: str, rows: list[dict]) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run_script(monkeypatch):
+    """Run a script's main() in this process with the given arguments."""
+    import importlib
+
+    def run(script: str, *arguments) -> None:
+        import records
+
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        records.run(importlib.import_module(script).main)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_records():
+    lines = (ROOT / "data/tiny/train.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]

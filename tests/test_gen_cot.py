@@ -1,0 +1,161 @@
+"""Generation: one cache for CoT and score, and a CoT that does not depend on its batch."""
+
+import json
+
+import pytest
+import torch
+from conftest import random_model
+
+import gen_cot
+import records
+from gen_cot import Sampling, decode, judge, sample
+from loss import rail
+from records import Grid
+
+GRID = Grid()
+PROMPTS = ["Is it good?", "Is this a much longer prompt, so that the others are padded on the left by a good deal?", "Why?"]
+
+
+def batch_of(prompts: list[str]) -> list[dict]:
+    return [{"id": f"r{i}", "prompt": prompt} for i, prompt in enumerate(prompts)]
+
+
+def judged(model, tokenizer, batch, **sampling):
+    tokens = records.score_tokens(tokenizer, GRID)
+    return judge(model, tokenizer, batch, sampling=Sampling(**sampling), grid=GRID, tokens=tokens, seed=0, with_scores=True)
+
+
+def fresh_scores(model, tokenizer, prompt: str, cot: str):
+    """The same distribution from a forward pass over prompt + CoT + suffix, with no cache and no padding."""
+    prefix = records.prefix_ids(tokenizer, prompt, cot, GRID)
+    ids = torch.tensor(records.score_tokens(tokenizer, GRID).score_ids)
+    with torch.no_grad():
+        return rail(model(torch.tensor([prefix])).logits[0, -1], score_ids=ids, score_values=torch.tensor(GRID.values))
+
+
+def write_this(model, ids: list[int]) -> None:
+    """Make a model generate `ids`, whatever the prompt: its head is told at each call what comes next."""
+    head, calls = model.lm_head, iter(ids)
+
+    def forced(hidden):
+        logits = head(hidden)
+        token = next(calls, None)
+        return logits if token is None else logits.index_fill(-1, torch.tensor([token]), 1000.0)
+
+    model.get_output_embeddings = lambda: forced
+
+
+@pytest.mark.parametrize("name", ["mistral_tokenizer", "gpt2_tokenizer", "llama3_tokenizer"])
+@pytest.mark.parametrize("num_cots", [1, 3])
+@pytest.mark.parametrize("limit", [0, 1, 12])
+def test_scores_from_the_cache_equal_a_fresh_forward_pass(request, name, num_cots, limit):
+    """Left padding, several CoTs, forced suffixes, and random CoTs that mostly do not tokenise back to what was sampled."""
+    tokenizer = request.getfixturevalue(name)
+    model = random_model(tokenizer)
+    results = judged(model, tokenizer, batch_of(PROMPTS), num_cots=num_cots, max_new_tokens=limit)
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        assert len(result.cots) == num_cots and result.finished == [False] * num_cots
+        assert (result.cots == [""] * num_cots) == (limit == 0)
+        for cot, score in zip(result.cots, result.scores, strict=True):
+            fresh = fresh_scores(model, tokenizer, prompt, cot)
+            assert score.probs == pytest.approx(fresh.probs.tolist(), abs=1e-4)
+            assert score.expected == pytest.approx(fresh.expected.item(), abs=1e-4)
+            assert score.off_grid == pytest.approx(fresh.off_grid.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mistral_tokenizer", "gpt2_tokenizer", "llama3_tokenizer"])
+def test_a_cot_ends_at_its_suffix_and_needs_one_more_token_for_its_scores(request, name, monkeypatch):
+    """What is fed after the prompt is every token of CoT and suffix once: no second prefill."""
+    tokenizer = request.getfixturevalue(name)
+    fed, feed = [], gen_cot.feed
+
+    def spy(model, cache, ids, *args, **kwargs):
+        fed.append(ids.shape[1])
+        return feed(model, cache, ids, *args, **kwargs)
+
+    monkeypatch.setattr(gen_cot, "feed", spy)
+    ids = records.target_ids(tokenizer, "The answer is good.", "1")[:-1]
+    model = random_model(tokenizer)
+    write_this(model, ids)
+    results = judged(model, tokenizer, batch_of(PROMPTS), max_new_tokens=len(ids) + 10)
+    assert fed[1:] == [1] * len(ids)
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        assert (result.cots, result.finished, result.tokens) == (["The answer is good."], [True], [len(ids)])
+        fresh = fresh_scores(random_model(tokenizer), tokenizer, prompt, "The answer is good.")
+        assert result.scores[0].probs == pytest.approx(fresh.probs.tolist(), abs=1e-4)
+
+
+def test_a_cot_does_not_depend_on_its_batch(mistral_tokenizer):
+    model = random_model(mistral_tokenizer)
+    together = judged(model, mistral_tokenizer, batch_of(PROMPTS), max_new_tokens=15, num_cots=2)
+    for record, expected in zip(batch_of(PROMPTS), together, strict=True):
+        (alone,) = judged(model, mistral_tokenizer, [record], max_new_tokens=15, num_cots=2)
+        assert alone.cots == expected.cots and alone.tokens == expected.tokens
+    assert together[0].cots[0] != together[0].cots[1]
+
+
+def test_rows_that_end_early_leave_the_batch(mistral_tokenizer):
+    """Rows end at different steps; what remains is decoded as if nothing had happened."""
+    model = random_model(mistral_tokenizer)
+    model.generation_config.eos_token_id = list(range(0, 32000, 9))  # about one token in nine ends a row
+    batch = [{"id": str(i), "prompt": "Why? " * (1 + i % 4)} for i in range(12)]
+    results = judged(model, mistral_tokenizer, batch, max_new_tokens=25)
+    lengths = [r.tokens[0] for r in results]
+    assert len(set(lengths)) > 3 and max(lengths) <= 25
+    for record, result in zip(batch, results, strict=True):
+        fresh = fresh_scores(model, mistral_tokenizer, record["prompt"], result.cots[0])
+        assert result.scores[0].probs == pytest.approx(fresh.probs.tolist(), abs=1e-4)
+
+
+def test_a_model_is_not_asked_beyond_its_positions(mistral_tokenizer):
+    model = random_model(mistral_tokenizer, max_position_embeddings=32)
+    suffix = records.score_tokens(mistral_tokenizer, GRID).suffix_ids
+    prompt = records.prompt_ids(mistral_tokenizer, "Why?")
+    (written,) = decode(model, [prompt], ["a"], sampling=Sampling(), suffix_ids=suffix, end_ids=[])
+    assert len(prompt) + len(written.ids[0]) + len(suffix) + 2 == 32
+
+
+def test_sampling_follows_the_nucleus_and_the_penalty():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    unseen = torch.zeros(1, 4, dtype=torch.bool)
+    uniform = (torch.arange(10000) + 0.5) / 10000
+    repeated = logits.expand(10000, 4), unseen.expand(10000, 4), uniform
+    drawn = sample(*repeated, temperature=1.0, top_p=0.9, repetition_penalty=1.0)
+    shares = torch.bincount(drawn, minlength=4) / 10000
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95, atol=1e-3, rtol=0)
+    greedy = sample(logits, unseen, torch.zeros(1), temperature=0, top_p=1.0, repetition_penalty=1.0)
+    assert greedy.tolist() == [0]
+    seen = torch.tensor([[True, False, False, False]])  # log .5 · 2 = log .25 < log .3
+    assert sample(logits, seen, torch.zeros(1), temperature=0, top_p=1.0, repetition_penalty=2.0).tolist() == [1]
+
+
+def test_an_interrupted_file_goes_on_and_ends_the_same(tiny_records, write_jsonl, run_script, tmp_path, monkeypatch, capsys):
+    data, out = write_jsonl("train.jsonl", tiny_records[:12]), tmp_path / "cots.jsonl"
+    arguments = ["--model", records.TINY_SEED, "--data", data, "--batch-size", 4, "--seed", 5]
+    run_script("gen_cot", *arguments, "--out", tmp_path / "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [row["id"] for row in rows] == [r["id"] for r in tiny_records[:12]]
+    assert all(row["finished"] == [True] and row["score"] == r["score"] for row, r in zip(rows, tiny_records, strict=False))
+
+    calls, real = [], gen_cot.judge
+
+    def cut_off(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(gen_cot, "judge", cut_off)
+    with pytest.raises(SystemExit):
+        run_script("gen_cot", *arguments, "--out", out)
+    part = tmp_path / "cots.jsonl.part"
+    assert not out.exists() and part.exists()
+    part.write_bytes(part.read_bytes()[:-20])  # the last line is torn
+    with pytest.raises(SystemExit):
+        run_script("gen_cot", *arguments, "--out", out, "--top-p", 0.5)
+    assert "top_p was 0.9, is 0.5" in capsys.readouterr().err
+    monkeypatch.setattr(gen_cot, "judge", real)
+    run_script("gen_cot", *arguments, "--out", out)
+    assert out.read_bytes() == whole and not part.exists()
+    assert "going on after 7 finished records" in capsys.readouterr().out

@@ -1,0 +1,146 @@
+"""The record and its way into tokens, on real tokenizers with the ids spelled out."""
+
+import json
+
+import pytest
+
+import records
+from records import IGNORE, Grid, InputError
+
+GRID = Grid()
+PROMPT, COT = "Is it good?", "The answer is good."
+
+
+def test_mistral_ids_labels_and_score_position(mistral_tokenizer):
+    tokens = records.score_tokens(mistral_tokenizer, GRID)
+    assert tokens.score_ids == [28740, 28750, 28770, 28781, 28782]
+    assert tokens.suffix_ids == [1537, 272, 7544, 7420, 349, 28705]  # "So the overall score is" and a space of its own
+
+    record = {"id": "a", "prompt": PROMPT, "cot": COT, "score": 3.67}
+    example = records.encode(mistral_tokenizer, record, grid=GRID, score_ids=tokens.score_ids)
+    prompt = [1, 28792, 16289, 28793, 1691, 378, 1179, 28804, 733, 28748, 16289, 28793]  # <s>[INST] Is it good? [/INST]
+    target = [415, 4372, 349, 1179, 28723, 1537, 272, 7544, 7420, 349, 28705, 28781, 2]  # ..., "4", </s>
+    assert example.ids == prompt + target
+    assert example.labels == [IGNORE] * len(prompt) + target
+    assert example.ids[example.score_position] == 28781 and example.score == 3.67
+
+
+def test_no_cot_supervises_score_and_end_alone(mistral_tokenizer):
+    record = {"id": "a", "prompt": PROMPT, "score": 5}
+    ids = records.score_tokens(mistral_tokenizer, GRID).score_ids
+    example = records.encode(mistral_tokenizer, record, grid=GRID, score_ids=ids, no_cot=True)
+    assert [label for label in example.labels if label != IGNORE] == [28782, 2]
+    assert mistral_tokenizer.decode(example.ids[-9:-2]) == "] So the overall score is "
+
+
+@pytest.mark.parametrize("name", ["mistral_tokenizer", "gpt2_tokenizer", "llama3_tokenizer"])
+@pytest.mark.parametrize("cot", [COT, "", "Ends in 4", "東京は良い。🙂", "line\n\nbreak ", "é" * 9])
+def test_training_prefix_is_generation_prefix(request, name, cot):
+    """Token for token: what scoring feeds is what training had before the score."""
+    tokenizer = request.getfixturevalue(name)
+    ids = records.score_tokens(tokenizer, GRID).score_ids
+    for score in (1, 4, 5):
+        example = records.encode(tokenizer, {"id": "a", "prompt": PROMPT, "cot": cot, "score": score}, grid=GRID, score_ids=ids)
+        prefix = records.prefix_ids(tokenizer, PROMPT, cot, GRID)
+        assert prefix == example.ids[: example.score_position]
+        assert prefix[: len(records.prompt_ids(tokenizer, PROMPT))] == records.prompt_ids(tokenizer, PROMPT)
+
+
+def test_score_tokens_where_the_space_melts_and_where_not(gpt2_tokenizer, llama3_tokenizer):
+    melted = records.score_tokens(gpt2_tokenizer, GRID)
+    assert gpt2_tokenizer.convert_ids_to_tokens(melted.score_ids) == ["Ġ1", "Ġ2", "Ġ3", "Ġ4", "Ġ5"]
+    assert gpt2_tokenizer.convert_ids_to_tokens(melted.suffix_ids)[-1] == "Ġis"
+    apart = records.score_tokens(llama3_tokenizer, GRID)
+    assert llama3_tokenizer.convert_ids_to_tokens(apart.score_ids) == ["1", "2", "3", "4", "5"]
+    assert llama3_tokenizer.convert_ids_to_tokens(apart.suffix_ids)[-1] == "Ġ"
+
+
+def test_scores_that_are_not_one_token_are_named(mistral_tokenizer):
+    with pytest.raises(InputError, match=r"tokenizer mistral.*'1' and '10' do not differ in exactly one token"):
+        records.score_tokens(mistral_tokenizer, Grid.parse("1,5,10"))
+
+
+def test_exactly_one_bos_whoever_writes_it(mistral_tokenizer, monkeypatch):
+    for template in ("[INST] {{ messages[0]['content'] }} [/INST]", "{{ bos_token }}[INST] {{ messages[0]['content'] }}", None):
+        monkeypatch.setattr(mistral_tokenizer, "chat_template", template)
+        adds_bos = mistral_tokenizer("a").input_ids[0] == 1
+        ids = records.prompt_ids(mistral_tokenizer, PROMPT)
+        assert ids.count(1) == (1 if adds_bos or "bos" in (template or "") else 0)
+        assert ids[0] == 1 or not adds_bos
+
+
+def test_grid_values_and_nearest_token():
+    grid = Grid.parse("1=0,3=50,5=100")
+    assert grid.values == (0, 50, 100) and Grid.parse(str(grid)) == grid
+    assert [grid.tokens[grid.nearest(s)] for s in (0, 24.9, 25, 75, 100)] == ["1", "1", "3", "5", "5"]
+    for wrong in ("1", "1,1", "3,2", "a,b", "1=nan,2=3", "1,,2"):
+        with pytest.raises(InputError, match="--grid"):
+            Grid.parse(wrong)
+
+
+def test_long_records_are_left_out_not_cut(capsys):
+    assert records.too_long({"a": 5, "b": 9, "c": 6}, 6) == {"b"}
+    with pytest.raises(InputError, match="all 2 records are longer than --max-length 3"):
+        records.too_long({"a": 4, "b": 9}, 3)
+    records.report([f"r{i}" for i in range(7)], "left out")
+    assert capsys.readouterr().out == "7 records left out: r0, r1, r2, r3, r4, …\n"
+
+
+def test_any_language_and_unknown_fields_pass_unharmed(write_jsonl, tmp_path):
+    row = {"id": "ä", "prompt": "Оцени: 東京 🙂\u2028", "cot": "جيد", "score": 4.5, "mine": {"kept": [1]}}
+    read = records.read_records(write_jsonl("a.jsonl", [row]), grid=GRID, need=("id", "prompt", "cot", "score"))
+    records.write_whole(tmp_path / "b.jsonl", "".join(map(records.to_line, read)))
+    assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
+    assert read == [row]
+
+
+GOOD = {"id": "a", "prompt": "p", "cot": "c", "score": 4}
+BAD_LINES = {  # second line of a file → what the message says about it
+    "not JSON": ("{oops", "not JSON"),
+    "an array": ("[1]", "not a JSON object"),
+    "broken UTF-8": (b'{"id": "\xff"}', "not JSON"),
+    "no prompt": (GOOD | {"prompt": None}, "'prompt' is missing"),
+    "no cot": ({"id": "b", "prompt": "p", "score": 4}, "'cot' is missing"),
+    "no score": ({"id": "b", "prompt": "p", "cot": "c"}, "'score' is missing"),
+    "empty prompt": (GOOD | {"prompt": " \n"}, "'prompt' is empty"),
+    "id a number": (GOOD | {"id": 7}, "'id' is 7, not a string"),
+    "score too high": (GOOD | {"score": 6}, "score 6 lies outside the grid"),
+    "score a string": (GOOD | {"score": "4"}, "'score' is \"4\", not a number"),
+    "score true": (GOOD | {"score": True}, "'score' is true, not a number"),
+    "score NaN": ('{"id": "b", "prompt": "p", "cot": "c", "score": NaN}', "NaN is not a number"),
+    "score huge": ('{"id": "b", "prompt": "p", "cot": "c", "score": 1e999}', "not a number"),
+    "duplicate id": (GOOD, "id 'a' was already used in line 1"),
+    "suffix in cot": (GOOD | {"id": "b", "cot": "Bad. So the overall score is 1"}, "end the CoT before it"),
+    "half a surrogate": (GOOD | {"id": "b", "prompt": "\ud800"}, "surrogate"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_bad_line_gets_one_line_and_exit_code_2(case, tmp_path, run_script, capsys):
+    line, message = BAD_LINES[case]
+    line = json.dumps(line) if isinstance(line, dict) else line
+    path, out = tmp_path / "bad.jsonl", tmp_path / "out"
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(SystemExit) as exit:
+        run_script("stage1_train", "--data", path, "--out", out)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert error.startswith(f"{path}:2: ") and message in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "instruction, prompt",
+    [
+        ("Rate.\n\n###Feedback: ", "Rate.\n\n###Feedback:"),
+        ('Rate.\n###Feedback: ",\n', "Rate.\n###Feedback:"),
+        (" Rate. ", "Rate."),
+    ],
+)
+def test_clean_prompt(instruction, prompt):
+    assert records.clean_prompt(instruction) == prompt
+
+
+def test_clean_cot():
+    assert records.clean_cot("Feedback: Fine work. So the overall score is 4. [RESULT] 4") == "Fine work."
+    assert records.clean_cot("Fine work. [RESULT] Score: 4.") == "Fine work."

@@ -1,0 +1,157 @@
+"""The training loop: the same whatever the split, the padding or the order."""
+
+import json
+import random
+from functools import partial
+
+import pytest
+import torch
+from conftest import random_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import records
+import stage1_train
+from loss import cot_raft_loss
+from records import IGNORE, Example, Grid
+
+VOCABULARY, SCORES = 23, [3, 4, 5, 6, 7]
+
+
+class Words:  # all that random_model asks of a tokenizer
+    eos_token_id = 2
+
+    def __len__(self):
+        return VOCABULARY
+
+
+def examples(n: int, seed: int = 0) -> list[Example]:
+    """Unequal lengths: prompts of 3 to 12 tokens, targets of 2 to 9."""
+    rng = random.Random(seed)
+    made = []
+    for i in range(n):
+        prompt = [1] + [rng.randrange(8, VOCABULARY) for _ in range(rng.randrange(2, 12))]
+        score = rng.uniform(1, 5)
+        target = [rng.randrange(8, VOCABULARY) for _ in range(rng.randrange(8))] + [SCORES[round(score) - 1], 2]
+        ids = prompt + target
+        made.append(Example(str(i), ids, [IGNORE] * len(prompt) + target, len(ids) - 2, score))
+    return made
+
+
+LOSS = partial(cot_raft_loss, score_ids=torch.tensor(SCORES), score_values=torch.arange(1.0, 6.0))
+
+
+def run(batch_size: int, accumulation: int, *, score_in_ce: bool = True, ce_sum: bool = False, checkpointing: bool = False):
+    """Two epochs over 19 examples, 8 a step: the last window of an epoch has 3."""
+    model = random_model(Words())
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    lines = list(
+        stage1_train.train(
+            model, examples(19), loss=partial(LOSS, score_in_ce=score_in_ce, ce_sum=ce_sum), score_in_ce=score_in_ce,
+            pad_id=2, lr=1e-3, warmup=0.2, weight_decay=0.1, clip=1.0, epochs=2, batch_size=batch_size,
+            accumulation=accumulation, seed=3, bf16=False, label="test",
+        )
+    )  # fmt: skip
+    return lines, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("options", [{}, {"score_in_ce": False}, {"ce_sum": True}, {"checkpointing": True}])
+def test_accumulation_gives_the_same_losses_and_weights(options):
+    lines, weights = run(8, 1)
+    lines, weights = run(8, 1, **options) if options else (lines, weights)
+    assert len(lines) == 6 and [line["epoch_done"] for line in lines] == [False, False, True] * 2
+    for split in ((4, 2), (2, 4), (1, 8)):
+        other_lines, other_weights = run(*split, **options)
+        for a, b in zip(lines, other_lines, strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+        torch.testing.assert_close(other_weights, weights, atol=1e-5, rtol=0)
+
+
+def test_the_loop_learns_and_moves_every_weight():
+    before = torch.cat([p.detach().flatten() for p in random_model(Words()).parameters()])
+    lines, after = run(8, 1)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert (after != before).float().mean() > 0.99
+
+
+def test_padding_does_not_change_logits_or_hide_the_end_of_sequence():
+    model, batch = random_model(Words()), examples(5)
+    together = stage1_train.collate(batch, pad_id=2)  # padding equals end of sequence
+    with torch.no_grad():
+        rows = stage1_train.supervised_logits(model, together)
+        alone = torch.cat([stage1_train.supervised_logits(model, stage1_train.collate([e], pad_id=2)) for e in batch])
+        full = model(torch.tensor([batch[1].ids])).logits[0]
+    torch.testing.assert_close(rows, alone, atol=1e-4, rtol=1e-4)
+    assert together["targets"].tolist() == [label for e in batch for label in e.labels if label != IGNORE]
+    assert (together["targets"] == 2).sum() == len(batch)
+    torch.testing.assert_close(alone[together["is_score"]][1], full[batch[1].score_position - 1], atol=1e-4, rtol=1e-4)
+
+
+def test_every_example_once_an_epoch_and_windows_of_like_length():
+    lengths = [random.Random(i).randrange(10, 200) for i in range(1003)]
+    steps = stage1_train.windows(lengths, 8, seed=1)
+    assert sorted(i for step in steps for i in step) == list(range(1003))
+    padding = sum(len(s) * max(lengths[i] for i in s) for s in steps) / sum(lengths)
+    assert padding < 1.08  # windows drawn at random need 1.7
+    assert steps != stage1_train.windows(lengths, 8, seed=2)
+
+
+def test_held_out_by_id_alone():
+    ids = [f"r{i}" for i in range(4000)]
+    share = sum(stage1_train.held_out(id, 0.05, seed=0) for id in ids) / len(ids)
+    assert 0.04 < share < 0.06
+    assert not any(stage1_train.held_out(id, 0.0, seed=0) for id in ids)
+
+
+def test_checkpoint_opens_without_us_and_run_json_tells_all(tiny_records, write_jsonl, run_script, tmp_path, capsys):
+    data = write_jsonl("train.jsonl", [*tiny_records[:60], tiny_records[60] | {"prompt": "says " * 200}])
+    out = tmp_path / "stage1"
+    run_script("stage1_train", "--data", data, "--out", out, "--epochs", 1, "--max-length", 150, "--val-fraction", 0.2)
+    assert "1 records left out, longer than --max-length 150: train-0060" in capsys.readouterr().out
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.dtype == torch.float32 and tokenizer.chat_template
+    run = json.loads((out / "run.json").read_text())
+    assert run["grid"] == "1=1,2=2,3=3,4=4,5=5" and run["stage"] == 1 and run["arguments"]["lr"] == 2e-3
+    assert run["inputs"] == {str(data): records.sha256(data)}
+    assert run["counts"]["trained"] + run["counts"]["held_out"] == 60 and run["counts"]["too_long"] == 1
+    assert run["held_out"]["n"] == run["counts"]["held_out"] and run["held_out"]["rmse"] > 0
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, len(log) + 1)) and "held_out" in log[-1]
+    assert records.choose_grid(None, str(out)) == Grid()
+
+    # An output folder that holds a run is not written over; stage 2 does not start from p_s or on annotated CoTs
+    for script, arguments, message in (
+        ("stage1_train", ["--data", data, "--out", out], "already holds a finished run"),
+        ("stage2_train", ["--data", data, "--out", tmp_path / "2"], "only gen_cot.py adds self-generated CoTs"),
+        ("stage2_train", ["--data", data, "--out", tmp_path / "2", "--model", out], "stage 2 starts from the seed model"),
+        ("predict", ["--data", data, "--out", tmp_path / "p.jsonl", "--model", out, "--grid", "1,5"], "was trained on"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            run_script(script, *arguments)
+        error = capsys.readouterr().err
+        assert exit.value.code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["--data", "empty.jsonl"], "empty.jsonl: no records in it"),
+        (["--data", "good.jsonl", "--model", "folder"], "folder: a folder, but no checkpoint"),
+        (["--data", "good.jsonl", "--model", "no/such-model"], "no/such-model: neither a checkpoint folder nor a model"),
+        (["--data", "good.jsonl", "--max-length", 10], "all 3 records are longer than --max-length 10"),
+        (["--data", "good.jsonl", "--grid", "1,2,x"], "--grid 1,2,x"),
+    ],
+)
+def test_bad_arguments_get_one_line(arguments, message, tiny_records, write_jsonl, run_script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("good.jsonl", tiny_records[:3])
+    write_jsonl("empty.jsonl", [])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit) as exit:
+        run_script("stage1_train", "--out", "out", *arguments, "--val-fraction", 0)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
