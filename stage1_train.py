@@ -322,7 +322,9 @@ def fit(
     # Seed model → p_s (stage 1) or p_tract (stage 2)
     network = load_model(model, dtype=torch.float32)  # at lr 1e-5, weights in bf16 would not move at all
     if gradient_checkpointing:
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Two names of one method: transformers renamed it after 5.17
+        checkpointing = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+        checkpointing({"use_reentrant": False})
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     score_ids = torch.tensor(tokens.score_ids, device=device())
     score_values = torch.tensor(grid.values, device=device())
@@ -379,7 +381,7 @@ def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
     """The options of both training stages. Which defaults they have depends on --model, so that is looked at first."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", default=TINY_SEED)
-    embedded = first.parse_known_args()[0].model == TINY_SEED
+    embedded = Path(first.parse_known_args()[0].model).resolve() == Path(TINY_SEED)
     data = {} if stage == 1 else {"data": "out/cots.jsonl"}
 
     parser = argparse.ArgumentParser(description=description, formatter_class=records.Help)

@@ -134,11 +134,21 @@ def test_help_shows_defaults(script, run_script, capsys):
     assert exit.value.code == 0 and "(default: " in capsys.readouterr().out
 
 
-def test_help_shows_the_paper_s_defaults_for_a_real_model(run_script, capsys):
+@pytest.mark.parametrize(
+    "model, lr, data",
+    [
+        ([], "0.002", "tiny/train.jsonl"),
+        (["--model", "data/tiny/seed"], "0.002", "tiny/train.jsonl"),
+        (["--model", "mistral-7b"], "1e-05", "feedback_collection/train.jsonl"),
+    ],
+)
+def test_defaults_follow_the_model(model, lr, data, run_script, capsys, monkeypatch):
+    """The embedded task's settings for its own seed model, however its path is written; the paper's for any other."""
+    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit):
-        run_script("stage1_train", "--model", "mistral-7b", "--help")
-    shown = capsys.readouterr().out
-    assert "(default: 1e-05)" in shown and "feedback_collection/train.jsonl" in shown
+        run_script("stage1_train", *model, "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {lr})" in shown and data in shown.replace(" ", "")
 
 
 @pytest.mark.parametrize("script", PREPARE)

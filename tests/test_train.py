@@ -44,7 +44,7 @@ def run(batch_size: int, accumulation: int, *, score_in_ce: bool = True, ce_sum:
     """Two epochs over 19 examples, 8 a step: the last window of an epoch has 3."""
     model = random_model(Words())
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
     lines = list(
         stage1_train.train(
             model, examples(19), loss=partial(LOSS, score_in_ce=score_in_ce, ce_sum=ce_sum), score_in_ce=score_in_ce,
