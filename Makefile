@@ -12,7 +12,7 @@ TINY    = data/tiny
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:
 
-demo: $(OUT)/predictions_stage1.jsonl $(OUT)/predictions.jsonl
+demo: $(OUT)/predictions_p_s.jsonl $(OUT)/predictions.jsonl
 	$(RUN) eval.py $^ --out $(OUT)/eval --overwrite
 
 $(OUT)/stage1/run.json: | .venv/run
@@ -24,7 +24,7 @@ $(OUT)/cots.jsonl: $(OUT)/stage1/run.json
 $(OUT)/stage2/run.json: $(OUT)/cots.jsonl
 	$(RUN) stage2_train.py --model $(TINY)/seed --data $< --out $(OUT)/stage2
 
-$(OUT)/predictions_stage1.jsonl: $(OUT)/stage1/run.json
+$(OUT)/predictions_p_s.jsonl: $(OUT)/stage1/run.json
 	$(RUN) predict.py --model $(OUT)/stage1 --data $(TINY)/test.jsonl --out $@
 
 $(OUT)/predictions.jsonl: $(OUT)/stage2/run.json

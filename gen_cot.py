@@ -102,7 +102,7 @@ def feed(model, cache: DynamicCache, ids: Tensor, mask: Tensor, positions: Tenso
 
 
 class Written(NamedTuple):
-    """Rows that are done, with their cache. Where mask is 1, row i of the cache holds `cached[i]`, in order."""
+    """Rows that are done, with their cache: where mask is 1, row i holds `cached[i]`, in order, and then leftovers."""
 
     rows: list[int]
     ids: list[list[int]]  # what was generated
@@ -153,7 +153,7 @@ def decode(
             rows, logits, seen, mask, token, done = (x[~done] for x in (rows, logits, seen, mask, token, done))
         if step > 0:
             position = mask.sum(-1, keepdim=True)
-            mask = torch.cat([mask, (~done).to(mask)[:, None]], 1)  # done rows run along, masked
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)  # done rows run along; `cached` ends before that
             logits = feed(model, cache, token[:, None], mask, position)
         token = sample(
             logits, seen, uniform[rows, step], temperature=sampling.temperature, top_p=sampling.top_p,

@@ -93,22 +93,23 @@ def head(model, hidden: Tensor) -> Tensor:
 
 
 def collate(examples: list[Example], pad_id: int) -> dict[str, Tensor]:
-    """Right-padded batch. `predicts` marks the supervised rows: positions whose *next* token carries loss."""
+    """Right-padded batch. `predicts` marks the supervised rows: positions whose *next* token carries loss.
+
+    There is no attention mask: causal attention never looks to the right, and padding rows are never supervised. What is
+    padding goes by length, not by token, for padding may well equal end of sequence.
+    """
     longest = max(len(e.ids) for e in examples)
     input_ids = torch.full((len(examples), longest), pad_id)  # (B, T)
-    attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORE)
     is_score = torch.zeros_like(input_ids, dtype=torch.bool)
     for b, e in enumerate(examples):
         input_ids[b, : len(e.ids)] = torch.tensor(e.ids)
-        attention_mask[b, : len(e.ids)] = 1  # by length, not by id: padding may well equal end of sequence
         labels[b, : len(e.ids) - 1] = torch.tensor(e.labels[1:])  # shifted: labels[t] is what position t predicts
         if e.score_position is not None:
             is_score[b, e.score_position - 1] = True
     predicts = labels != IGNORE
     return {
         "input_ids": input_ids.to(device()),
-        "attention_mask": attention_mask.to(device()),
         "predicts": predicts.to(device()),  # (B, T) bool, R of them True
         "targets": labels[predicts].to(device()),  # (R,)
         "is_score": is_score[predicts].to(device()),  # (R,)
@@ -118,8 +119,7 @@ def collate(examples: list[Example], pad_id: int) -> dict[str, Tensor]:
 
 def supervised_logits(model, batch: dict[str, Tensor]) -> Tensor:
     """Logits of the supervised rows alone, (R, V): the head never sees prompt or padding, which is most of a batch."""
-    decoder = model.get_decoder()
-    hidden = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).last_hidden_state
+    hidden = model.get_decoder()(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
     return head(model, hidden[batch["predicts"]])  # (B, T, D) → (R, D) → (R, V)
 
 

@@ -85,26 +85,20 @@ def test_a_cot_ends_at_its_suffix_and_needs_one_more_token_for_its_scores(reques
         assert result.scores[0].probs == pytest.approx(fresh.probs.tolist(), abs=1e-4)
 
 
-def test_a_cot_does_not_depend_on_its_batch(mistral_tokenizer):
-    model = random_model(mistral_tokenizer)
-    together = judged(model, mistral_tokenizer, batch_of(PROMPTS), max_new_tokens=15, num_cots=2)
-    for record, expected in zip(batch_of(PROMPTS), together, strict=True):
-        (alone,) = judged(model, mistral_tokenizer, [record], max_new_tokens=15, num_cots=2)
-        assert alone.cots == expected.cots and alone.tokens == expected.tokens
-    assert together[0].cots[0] != together[0].cots[1]
-
-
-def test_rows_that_end_early_leave_the_batch(mistral_tokenizer):
-    """Rows end at different steps; what remains is decoded as if nothing had happened."""
+def test_rows_leave_the_batch_and_no_cot_depends_on_its_batch(mistral_tokenizer):
+    """Rows end at different steps; what remains is decoded as if it had always been alone."""
     model = random_model(mistral_tokenizer)
     model.generation_config.eos_token_id = list(range(0, 32000, 9))  # about one token in nine ends a row
-    batch = [{"id": str(i), "prompt": "Why? " * (1 + i % 4)} for i in range(12)]
-    results = judged(model, mistral_tokenizer, batch, max_new_tokens=25)
-    lengths = [r.tokens[0] for r in results]
+    batch = [{"id": str(i), "prompt": "Why? " * (1 + i % 4)} for i in range(8)]
+    together = judged(model, mistral_tokenizer, batch, max_new_tokens=25, num_cots=2)
+    lengths = [n for result in together for n in result.tokens]
     assert len(set(lengths)) > 3 and max(lengths) <= 25
-    for record, result in zip(batch, results, strict=True):
-        fresh = fresh_scores(model, mistral_tokenizer, record["prompt"], result.cots[0])
-        assert result.scores[0].probs == pytest.approx(fresh.probs.tolist(), abs=1e-4)
+    for record, result in zip(batch, together, strict=True):
+        (alone,) = judged(model, mistral_tokenizer, [record], max_new_tokens=25, num_cots=2)
+        assert alone.cots == result.cots and alone.tokens == result.tokens and result.cots[0] != result.cots[1]
+        for cot, score in zip(result.cots, result.scores, strict=True):
+            fresh = fresh_scores(model, mistral_tokenizer, record["prompt"], cot)
+            assert score.probs == pytest.approx(fresh.probs.tolist(), abs=1e-4)
 
 
 def test_a_model_is_not_asked_beyond_its_positions(mistral_tokenizer):

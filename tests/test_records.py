@@ -1,8 +1,10 @@
 """The record and its way into tokens, on real tokenizers with the ids spelled out."""
 
+import copy
 import json
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 import records
 from records import IGNORE, Grid, InputError
@@ -60,13 +62,20 @@ def test_scores_that_are_not_one_token_are_named(mistral_tokenizer):
         records.score_tokens(mistral_tokenizer, Grid.parse("1,5,10"))
 
 
-def test_exactly_one_bos_whoever_writes_it(mistral_tokenizer, monkeypatch):
-    for template in ("[INST] {{ messages[0]['content'] }} [/INST]", "{{ bos_token }}[INST] {{ messages[0]['content'] }}", None):
-        monkeypatch.setattr(mistral_tokenizer, "chat_template", template)
-        adds_bos = mistral_tokenizer("a").input_ids[0] == 1
-        ids = records.prompt_ids(mistral_tokenizer, PROMPT)
-        assert ids.count(1) == (1 if adds_bos or "bos" in (template or "") else 0)
-        assert ids[0] == 1 or not adds_bos
+@pytest.mark.parametrize(
+    "template", ["{{ bos_token }}[INST] {{ messages[0]['content'] }}", "[INST] {{ messages[0]['content'] }}", None]
+)
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_exactly_one_bos_whoever_writes_it(template, adds_bos, gpt2_tokenizer):
+    tokenizer = copy.deepcopy(gpt2_tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.bos_token_id
+    if adds_bos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    tokenizer.chat_template = template
+    ids = records.prompt_ids(tokenizer, PROMPT)
+    expects = adds_bos or "bos_token" in (template or "")
+    assert ids.count(bos) == int(expects) and (ids[0] == bos) == expects
 
 
 def test_grid_values_and_nearest_token():
