@@ -13,10 +13,10 @@ Finished records are kept in OUT.part as they come; the same command goes on fro
 import argparse
 import copy
 import hashlib
+import itertools
 import json
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from transformers import DynamicCache
 
 import records
 from loss import Rail, rail
-from records import SUFFIX, Grid, InputError, ScoreTokens
+from records import SUFFIX, Fault, Grid, InputError, ScoreTokens
 from stage1_train import device, has_bf16, head, load_model, load_tokenizer
 
 
@@ -221,13 +221,13 @@ def judge(
     }
     judged = [Judgement([""] * n, [False] * n, [0] * n, [None] * n) for _ in batch]
     for written in decode(model, prompts, names, sampling=sampling, suffix_ids=tokens.suffix_ids, end_ids=sorted(ends)):
-        wanted = []
         for row, ids in zip(written.rows, written.ids, strict=True):
             own, k = judged[row // n], row % n
             own.cots[k], own.finished[k] = read_cot(tokenizer, ids)
             own.tokens[k] = len(ids)
-            wanted.append(records.prefix_ids(tokenizer, batch[row // n]["prompt"], own.cots[k], grid))
         if with_scores:
+            pairs = [(batch[row // n]["prompt"], judged[row // n].cots[row % n]) for row in written.rows]
+            wanted = [records.prefix_ids(tokenizer, prompt, cot, grid) for prompt, cot in pairs]
             result = read_scores(model, written, wanted, **grid_tensors)
             for i, row in enumerate(written.rows):
                 judged[row // n].scores[row % n] = Rail(*(part[i].tolist() for part in result))
@@ -241,31 +241,25 @@ class PartFile:
     """A JSONL output under way, `OUT.part`: records are appended and flushed as they come, in any order.
 
     The first line holds the run's settings. The same command goes on where it was cut off (a torn last line is dropped);
-    other settings are refused. `finish` writes the records to OUT in input order, whole or not at all.
+    other settings are refused, and so is a second process. `finish` writes OUT in input order, whole or not at all.
     """
 
     def __init__(self, out: Path, settings: dict, overwrite: bool):
+        if out.is_dir():
+            raise InputError(f"{out}: a folder; give the name of a JSONL file as --out")
         records.choose_out(out, overwrite)
-        self.out, self.path, self.done = out, Path(f"{out}.part"), {}
-        settings = json.loads(json.dumps(settings, default=str))
-        if overwrite:
-            self.path.unlink(missing_ok=True)
-        if self.path.exists():
-            self._go_on(settings)
         out.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a", encoding="utf-8")
-        if self.file.tell() == 0:
-            self.file.write(records.to_line(settings))
-
-    def _go_on(self, settings: dict) -> None:
-        whole = self.path.read_bytes()
+        self.out, self.path, self.done = out, Path(f"{out}.part"), {}
+        self.file = records.lock(self.path)
+        whole = b"" if overwrite else self.path.read_bytes()
         whole = whole[: whole.rfind(b"\n") + 1]
-        os.truncate(self.path, len(whole))
-        before, *done = [json.loads(line) for line in whole.splitlines()] or [settings]
-        changed = [key for key in before | settings if before.get(key) != settings.get(key)]
-        if changed:
-            was = "; ".join(f"{key} was {before.get(key)}, is {settings.get(key)}" for key in changed)
-            raise InputError(f"{self.path}: begun with other settings ({was}); give those again, or --overwrite")
+        self.file.truncate(len(whole))
+        before, *done = [json.loads(line) for line in whole.splitlines()] or [None]
+        settings = json.loads(json.dumps(settings))
+        if before is None:
+            self.file.write(records.to_line(settings))
+        else:
+            records.same_settings(self.path, before, settings)
         self.done = {record["id"]: record for record in done}
         if self.done:
             print(f"{self.path}: going on after {len(self.done)} finished records")
@@ -275,13 +269,11 @@ class PartFile:
         self.file.write(records.to_line(record))
         self.file.flush()
 
-    def finish(self, ids: Iterable[str]) -> list[dict]:
-        """Write OUT in the order of `ids`, remove OUT.part, return the records."""
-        self.file.close()
-        done = [self.done[id] for id in ids]
-        records.write_whole(self.out, "".join(map(records.to_line, done)))
+    def finish(self, whole: list[dict]) -> None:
+        """Write the records to OUT and remove OUT.part."""
+        records.write_whole(self.out, "".join(map(records.to_line, whole)))
         self.path.unlink()
-        return done
+        self.file.close()
 
 
 def judge_file(
@@ -309,15 +301,8 @@ def judge_file(
     all_records = records.read_records(data, grid=grid, need=need)
     tokenizer = load_tokenizer(model)
     tokens = records.score_tokens(tokenizer, grid)
-    settings = {
-        "model": model,
-        "data": data,
-        "sha256": records.sha256(data),
-        "grid": str(grid),
-        "max_length": max_length,
-        "seed": seed,
-    }
-    settings |= sampling._asdict() | facts
+    settings = records.model_settings(model) | {"data": data, "sha256": records.sha256(data), "grid": str(grid)}
+    settings |= {"max_length": max_length, "seed": seed} | sampling._asdict() | facts
     part = PartFile(out, settings, overwrite)
 
     lengths = {r["id"]: len(records.prompt_ids(tokenizer, r["prompt"])) for r in all_records}
@@ -325,30 +310,37 @@ def judge_file(
     room = (getattr(network.config, "max_position_embeddings", None) or max_length) - len(tokens.suffix_ids) - 2
     too_long = records.too_long(lengths, min(max_length, room))
     fitting = [r for r in all_records if r["id"] not in too_long]
-    todo = sorted(
-        (r for r in fitting if r["id"] not in part.done), key=lambda r: -lengths[r["id"]]
-    )  # longest first: if memory binds, at once
+    fitting.sort(key=lambda r: -lengths[r["id"]])  # like lengths together, the longest first: if memory binds, at once
 
-    at_once, generated = max(1, batch_size // sampling.num_cots), 0
+    at_once, generated, i = max(1, batch_size // sampling.num_cots), 0, 0
     with tqdm(total=len(fitting), initial=len(part.done), desc=out.stem, unit="record", dynamic_ncols=True) as bar:
-        for batch in (todo[i : i + at_once] for i in range(0, len(todo), at_once)):
-            judged = judge(
-                network,
-                tokenizer,
-                batch,
-                sampling=sampling,
-                grid=grid,
-                tokens=tokens,
-                seed=seed,
-                with_scores=with_scores,
-            )
-            for record, judgement in zip(batch, judged, strict=True):
-                part.add(record | fields(judgement, grid))
-                generated += sum(judgement.tokens)
-            bar.set_postfix(tok_s=f"{generated / (time.time() - bar.start_t):.0f}")
-            bar.update(len(batch))
+        while i < len(fitting):
+            batch = fitting[i : i + at_once]
+            new = [r["id"] not in part.done for r in batch]
+            if any(new):
+                # A batch that was cut off is judged again whole: in another batch, sums round differently
+                try:
+                    judged = judge(
+                        network, tokenizer, batch,
+                        sampling=sampling, grid=grid, tokens=tokens, seed=seed, with_scores=with_scores,
+                    )  # fmt: skip
+                except torch.OutOfMemoryError:
+                    if at_once == 1:
+                        raise Fault(
+                            f"{part.path}: out of memory with a single prompt; lower --max-length or --num-cots"
+                        ) from None
+                    at_once //= 2
+                    torch.cuda.empty_cache()
+                    bar.write(f"out of memory: going on with {at_once} prompts at a time")
+                    continue
+                for record, judgement in itertools.compress(zip(batch, judged, strict=True), new):
+                    part.add(record | fields(judgement, grid))
+                    generated += sum(judgement.tokens)
+                bar.set_postfix(tok_s=f"{generated / (time.time() - bar.start_t):.0f}", prompts_at_once=at_once)
+                bar.update(sum(new))
+            i += len(batch)
 
-    done = part.finish(r["id"] for r in fitting)
+    done = [part.done[r["id"]] for r in all_records if r["id"] not in too_long]
     unfinished = [r["id"] for r in done if sampling.max_new_tokens and not all(r["finished"])]
     counts = {
         "records": len(done),
@@ -360,6 +352,7 @@ def judge_file(
         out.with_suffix(".run.json"), arguments=settings, inputs=[data], started=started,
         grid=str(grid), counts=counts, device=str(device()), bf16=has_bf16(),
     )  # fmt: skip
+    part.finish(done)  # after run.json: where OUT is, everything is
     records.report(too_long, f"left out, their prompt longer than --max-length {max_length} or than the model can read")
     records.report(unfinished, "with a CoT that did not reach the suffix by itself")
     print(f"{out}: {len(done)} records")
@@ -367,7 +360,7 @@ def judge_file(
 
 def make_parser(description: str, *, model: str, data: str, out: str) -> argparse.ArgumentParser:
     """The options of both scripts that generate."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=records.Help)
+    parser = argparse.ArgumentParser(description=description, formatter_class=records.Help, allow_abbrev=False)
     group = parser.add_argument_group("what goes in and out")
     group.add_argument("--model", default=model, help=f"checkpoint folder, hub id or one of {', '.join(records.MODELS)}")
     group.add_argument("--data", default=data, help="JSONL file of records")

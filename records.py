@@ -17,6 +17,7 @@ The target text of a record is its CoT, then SUFFIX, then the grid token nearest
 """
 
 import argparse
+import fcntl
 import hashlib
 import itertools
 import json
@@ -29,11 +30,12 @@ import time
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 SUFFIX = " So the overall score is "
 IGNORE = -100  # label of a token that carries no loss
-ROOT = Path(__file__).parent
+PLACEHOLDER = "PROMPT"  # stands for the prompt where a chat template is tokenised around it
+ROOT = Path(__file__).resolve().parent
 TINY_SEED = str(ROOT / "data/tiny/seed")  # the embedded seed model
 
 MODELS = {  # what `--model NAME` stands for; any other name is a folder or a hub id
@@ -50,15 +52,29 @@ class InputError(Exception):
     """Something the caller can mend; its text says what is wrong, where, and what to do."""
 
 
+class Fault(Exception):
+    """Something that went wrong while running; its text says what is kept and how to go on."""
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; an InputError ends it in one line on stderr and exit code 2, without a traceback."""
+    """Run a script's `main`. What the caller can mend ends in one line on stderr and exit code 2, a fault of the machine
+    (a full disk, a loss that is not finite) in exit code 1, an interruption in 130; none with a traceback."""
     try:
         main()
     except InputError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except Fault as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
+    except OSError as error:
+        print(
+            f"{error.filename or 'output'}: {error.strerror}; what was finished is kept, the same command goes on",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+    except KeyboardInterrupt as error:
+        print(error.args[0] if error.args else "interrupted; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -227,17 +243,32 @@ class ScoreTokens(NamedTuple):
     score_ids: list[int]  # one token id a grid point
 
 
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Somebody's text, in which "</s>" or "<|eot_id|>" is text: it can't become a control token."""
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    control = set(tokenizer.all_special_ids)  # a word-level vocabulary still finds them, as words it knows
+    return [tokenizer.unk_token_id if id in control else id for id in ids]
+
+
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
     """The prompt in the tokenizer's chat template, ready for the answer, with exactly one BOS where the model has one.
 
     A tokenizer without a chat template (a base model) gets the plain prompt and a newline.
     """
-    if tokenizer.chat_template:
+
+    def render(prompt: str) -> str:
+        if not tokenizer.chat_template:
+            return prompt.rstrip() + "\n"
         messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    if any(token in prompt for token in tokenizer.all_special_tokens):
+        # Only the template may write control tokens: tokenise what it puts before and after the prompt on its own
+        before, after = render(PLACEHOLDER).split(PLACEHOLDER)
+        ids = tokenizer(before, add_special_tokens=False).input_ids + text_ids(tokenizer, prompt)
+        ids += tokenizer(after, add_special_tokens=False).input_ids
     else:
-        text = prompt.rstrip() + "\n"
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+        ids = tokenizer(render(prompt), add_special_tokens=False).input_ids
     bos = tokenizer.bos_token_id
     # Some templates write BOS themselves, some leave it to the tokenizer, and a few models (Qwen) have none in use.
     if bos is not None and ids[:1] != [bos] and tokenizer("a").input_ids[:1] == [bos]:
@@ -248,7 +279,7 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
 def target_ids(tokenizer, cot: str, score_token: str) -> list[int]:
     """CoT, SUFFIX and score as one text (no end of sequence): tokenised apart from the prompt, so that no token can
     straddle the border and the prompt is the same in training and in generation. The score is the last token."""
-    return tokenizer((cot.strip() + SUFFIX + score_token).lstrip(), add_special_tokens=False).input_ids
+    return text_ids(tokenizer, (cot.strip() + SUFFIX + score_token).lstrip())
 
 
 def prefix_ids(tokenizer, prompt: str, cot: str, grid: Grid) -> list[int]:
@@ -368,6 +399,13 @@ def write_run(path: Path, *, arguments: dict, inputs: Iterable[str], started: fl
     write_whole(path, json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def model_settings(model: str) -> dict:
+    """What tells one model from another of the same name: of a checkpoint of ours its run.json, else the sizes of its files."""
+    run = Path(model) / "run.json"
+    sizes = {path.name: path.stat().st_size for path in sorted(Path(model).glob("*.safetensors"))}
+    return {"model": model, "model_is": sha256(run) if run.is_file() else sizes}
+
+
 def read_run(model: str) -> dict:
     """The run.json inside a checkpoint folder of ours; {} for any other model."""
     path = Path(model) / "run.json"
@@ -382,9 +420,29 @@ def choose_grid(asked: str | None, model: str) -> Grid:
     return Grid.parse(asked or carried) if asked or carried else Grid()
 
 
+def lock(path: Path) -> IO:
+    """Hold `path` for this process, as long as the file returned is open; a second process is refused."""
+    file = open(path, "a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{path}: another process is writing this output; wait for it, or choose another --out") from None
+    return file
+
+
+def same_settings(path: Path, before: dict, now: dict) -> None:
+    """Refuse to go on at `path` with other settings than it was begun with, and name what differs."""
+    changed = [key for key in before | now if before.get(key) != now.get(key)]
+    if changed:
+        was = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed)
+        raise InputError(f"{path}: begun with other settings ({was}); give those again, or --overwrite to start anew")
+
+
 def choose_out(out: Path, overwrite: bool) -> None:
-    """Refuse to write over what another run finished."""
-    if out.exists() and not overwrite:
+    """Refuse to write over what another run finished, and in any case over what is no run of ours."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "run.json").is_file():
+        raise InputError(f"{out}: a folder that holds something else; choose another --out")
+    if (out.is_file() or (out / "run.json").is_file()) and not overwrite:
         raise InputError(f"{out}: already holds a finished run; choose another --out, or --overwrite to replace it")
 
 

@@ -12,10 +12,13 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import resource
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 import records
 from loss import Loss, cot_raft_loss, rail
-from records import IGNORE, TINY_SEED, Example, InputError
+from records import IGNORE, TINY_SEED, Example, Fault, InputError
 
 # The paper's settings (arXiv 2503.04381, appendix, with LLaMA-Factory's defaults where it is silent) and those of the
 # embedded task, where a model of 0.4 M parameters has to learn from 1,500 records.
@@ -50,6 +53,13 @@ def device() -> torch.device:
 def has_bf16() -> bool:
     """bf16 where the hardware computes in it; on a CPU it is mostly slower, so fp32 there."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+def peak_memory() -> int:
+    """Bytes: of the device where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def load_tokenizer(name: str):
@@ -139,77 +149,70 @@ def windows(lengths: list[int], size: int, seed: int) -> list[list[int]]:
 # --------------------------------------------------------------------------------------------------------- the loop
 
 
-def train(
-    model,
-    examples: list[Example],
-    *,
-    loss: Callable[..., Loss],
-    score_in_ce: bool,
-    pad_id: int,
-    lr: float,
-    warmup: float,
-    weight_decay: float,
-    clip: float,
-    epochs: int,
-    batch_size: int,
-    accumulation: int,
-    seed: int,
-    bf16: bool,
-    label: str,
-) -> Iterator[dict]:
-    """AdamW with a cosine schedule, one step per `batch_size · accumulation` examples. Yields a log line after each step.
-
-    `loss` is cot_raft_loss with everything set but the batch and its divisors. Those belong to the whole step, so that
-    loss and gradient are the same for every split into micro-batches. Raises InputError when loss or gradient is not finite.
-    """
+def make_optimiser(model, *, lr: float, warmup: float, weight_decay: float, steps: int):
+    """AdamW and its schedule: a linear warm-up over the share `warmup` of the steps, then a cosine down to 0."""
     decay = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]  # norms and biases are not decayed
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999))
-    lengths = [len(e.ids) for e in examples]
-    total = epochs * math.ceil(len(examples) / (batch_size * accumulation))
-    schedule = get_cosine_schedule_with_warmup(optimiser, round(warmup * total), total)
+    return optimiser, get_cosine_schedule_with_warmup(optimiser, round(warmup * steps), steps)
 
+
+def train(
+    model,
+    optimiser,
+    schedule,
+    plan: list[list[Example]],
+    *,
+    loss: Callable[..., Loss],
+    score_in_ce: bool,
+    pad_id: int,
+    clip: float,
+    batch_size: int,
+    bf16: bool,
+    label: str,
+    done: int = 0,
+) -> Iterator[dict]:
+    """One optimiser step for each window of the plan, `batch_size` sequences at a time. Yields a log line after each step.
+
+    `loss` is cot_raft_loss with everything set but the batch and its divisors. Those belong to the whole step, so that loss
+    and gradient are the same for every split into micro-batches. A step whose loss or gradient is not finite is not taken:
+    its line says so and has None for what is not finite. The first `done` steps are skipped: an earlier run took them.
+    """
     model.train()
-    step, tokens, started = 0, 0, time.time()
-    with tqdm(total=total, desc=label, unit="step", dynamic_ncols=True) as bar:
-        for epoch in range(epochs):
-            for window in windows(lengths, batch_size * accumulation, seed + epoch):
-                window = [examples[i] for i in window]
-                n_sequences = sum(e.score is not None for e in window)
-                n_tokens = sum(label != IGNORE for e in window for label in e.labels) - (0 if score_in_ce else n_sequences)
+    tokens = 0
+    with tqdm(total=len(plan), initial=done, desc=label, unit="step", dynamic_ncols=True) as bar:
+        for step, window in enumerate(plan[done:], done + 1):
+            n_sequences = sum(e.score is not None for e in window)
+            n_tokens = sum(label != IGNORE for e in window for label in e.labels) - (0 if score_in_ce else n_sequences)
 
-                parts = []
-                for i in range(0, len(window), batch_size):
-                    batch = collate(window[i : i + batch_size], pad_id)
-                    with torch.autocast(device().type, torch.bfloat16, enabled=bf16):
-                        logits = supervised_logits(model, batch)
-                    micro = {key: batch[key] for key in ("targets", "is_score", "true_scores")}
-                    part = loss(logits, **micro, n_tokens=n_tokens, n_sequences=n_sequences)
-                    part.total.backward()
-                    parts.append(torch.stack([part.total.detach(), part.ce, part.squared_error]))
+            parts = []
+            for i in range(0, len(window), batch_size):
+                batch = collate(window[i : i + batch_size], pad_id)
+                with torch.autocast(device().type, torch.bfloat16, enabled=bf16):
+                    logits = supervised_logits(model, batch)
+                micro = {key: batch[key] for key in ("targets", "is_score", "true_scores")}
+                part = loss(logits, **micro, n_tokens=n_tokens, n_sequences=n_sequences)
+                part.total.backward()
+                parts.append(torch.stack([part.total.detach(), part.ce, part.squared_error]))
 
-                grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
-                value, ce, squared_error = torch.stack(parts).sum(0).tolist()
-                step += 1
-                if not math.isfinite(value) or not math.isfinite(grad_norm):
-                    ids = ", ".join(e.id for e in window)
-                    raise InputError(f"step {step}: the loss or its gradient is not finite (records {ids}); try a lower --lr")
-                line = {"step": step, "epoch": epoch, "loss": value, "ce": ce, "squared_error": squared_error}
-                line |= {"grad_norm": grad_norm, "lr": schedule.get_last_lr()[0]}
+            grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
+            numbers = dict(zip(("loss", "ce", "squared_error"), torch.stack(parts).sum(0).tolist(), strict=True))
+            numbers |= {"grad_norm": grad_norm, "lr": schedule.get_last_lr()[0]}
+            finite = all(map(math.isfinite, numbers.values()))
+            if finite:
                 optimiser.step()
-                schedule.step()
-                optimiser.zero_grad(set_to_none=True)
+            else:
+                numbers = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+                bar.write(f"step {step} not taken, its loss or gradient is not finite: {', '.join(e.id for e in window)}")
+            schedule.step()
+            optimiser.zero_grad(set_to_none=True)
 
-                tokens += sum(len(e.ids) for e in window)
-                bar.set_postfix(
-                    loss=f"{value:.3f}",
-                    ce=f"{ce:.3f}",
-                    se=f"{squared_error:.3f}",
-                    tok_s=f"{tokens / (time.time() - started):.0f}",
-                )
-                bar.update()
-                yield line | {"tokens": tokens, "epoch_done": step % (total // epochs) == 0}
+            tokens += sum(len(e.ids) for e in window)
+            shown = {name: f"{numbers[name]:.3f}" for name in ("loss", "ce", "squared_error") if numbers[name] is not None}
+            bar.set_postfix(shown | {"tok_s": f"{tokens / (time.time() - bar.start_t):.0f}"})
+            bar.update()
+            yield {"step": step, **numbers, "taken": finite}
     model.eval()
 
 
@@ -243,10 +246,74 @@ def evaluate(
     }
 
 
-def held_out(id: str, fraction: float, seed: int) -> bool:
-    """Decided by the id alone, so that both stages hold out the same prompts whatever the order or number of records."""
-    digest = hashlib.sha256(f"{seed}/{id}".encode()).digest()
+def held_out(prompt: str, fraction: float, seed: int) -> bool:
+    """Decided by the prompt alone: both stages hold out the same ones, and no prompt with several CoTs is on both sides."""
+    digest = hashlib.sha256(f"{seed}/{prompt}".encode()).digest()
     return int.from_bytes(digest[:8]) < fraction * 2**64
+
+
+# ------------------------------------------------------------------------------------------- stopping and going on
+
+
+class State:
+    """The whole state of a run under way, PART/state.pt: what a run needs to end as if it had never stopped."""
+
+    def __init__(self, part: Path, model, optimiser, schedule):
+        self.path, self.log = part / "state.pt", part / "log.jsonl"
+        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimiser, self.schedule = optimiser, schedule
+
+    def save(self, step: int) -> None:
+        """Write beside, flush to disk, rename: the state is the one before or the one after, whole. Raises Fault."""
+        state = {"step": step, "weights": self.weights, "random": torch.get_rng_state()}
+        state |= {"optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state_dict()}
+        beside = self.path.with_suffix(".tmp")
+        try:
+            with open(beside, "wb") as out:
+                torch.save(state, out)
+                out.flush()
+                os.fsync(out.fileno())
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            beside.unlink(missing_ok=True)
+            raise Fault(
+                f"{self.path}: can't be written ({str(error).splitlines()[0][:120]}); what was saved before is whole, "
+                "make room and give the same command to go on"
+            ) from None
+        beside.replace(self.path)
+
+    def load(self) -> int:
+        """Put model, optimiser, schedule and log back to where they were saved; how many steps that was, 0 for none."""
+        if not self.path.is_file():
+            self.log.unlink(missing_ok=True)
+            return 0
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            for name, parameter in self.weights.items():
+                parameter.copy_(state["weights"][name])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["random"])
+        lines = self.log.read_text("utf-8").splitlines(keepends=True)[: state["step"]]
+        records.write_whole(self.log, "".join(lines))
+        print(f"{self.path.parent}: going on after step {state['step']}")
+        return state["step"]
+
+
+class StopSignal:
+    """While it is entered, the first SIGINT or SIGTERM only sets `asked`; the second one stops at once."""
+
+    def __enter__(self) -> None:
+        self.asked = False
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number: int, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 # -------------------------------------------------------------------------------------------------------- one stage
@@ -278,6 +345,8 @@ def fit(
     accumulation: int,
     gradient_checkpointing: bool,
     seed: int,
+    save_every: int,
+    max_bad_steps: int,
     **facts,
 ) -> None:
     """Train `model` on every (record, CoT) pair and write the checkpoint to `out`. `facts` go into run.json as they are."""
@@ -286,28 +355,26 @@ def fit(
     for name in ("all_records", "cots_of", "facts", "started"):
         del arguments[name]
     arguments["grid"] = str(grid)
+    settings = {name: value for name, value in arguments.items() if name not in ("out", "overwrite", "save_every")}
+    settings |= records.model_settings(model) | {"sha256": records.sha256(data), "stage": stage}
+    settings = json.loads(json.dumps(settings, default=str))
     records.choose_out(out, overwrite)
     torch.manual_seed(seed)
 
     # Records → examples
     tokenizer = load_tokenizer(model)
     tokens = records.score_tokens(tokenizer, grid)
+    encode = partial(records.encode, tokenizer, grid=grid, score_ids=tokens.score_ids, no_cot=no_cot)
     training, validation = [], []
     for record in all_records:
-        side = validation if held_out(record["id"], val_fraction, seed) else training
+        side = validation if held_out(record["prompt"], val_fraction, seed) else training
         cots = [""] if no_cot else cots_of(record)
-        for k, cot in enumerate(cots, 1):
-            name = record["id"] if len(cots) == 1 else f"{record['id']}#{k}"
-            side.append(
-                records.encode(
-                    tokenizer, record | {"id": name, "cot": cot}, grid=grid, score_ids=tokens.score_ids, no_cot=no_cot
-                )
-            )
+        names = [record["id"]] if len(cots) == 1 else [f"{record['id']}#{k}" for k in range(1, len(cots) + 1)]
+        side += [encode(record | {"id": name, "cot": cot}) for name, cot in zip(names, cots, strict=True)]
+    too_long = records.too_long({e.id: len(e.ids) for e in training + validation}, max_length)
+    training, validation = ([e for e in side if e.id not in too_long] for side in (training, validation))
     if not training:
-        raise InputError(f"{data}: nothing to train on; all records are held out or without a CoT")
-    too_long = records.too_long({e.id: len(e.ids) for e in training}, max_length)
-    training = [e for e in training if e.id not in too_long]
-    validation = [e for e in validation if len(e.ids) <= max_length]
+        raise InputError(f"{data}: nothing to train on; all its records are held out, too long or without a CoT")
     supervised = sum(label != IGNORE for e in training for label in e.labels)
     counts = {"tokens": sum(len(e.ids) for e in training), "supervised_tokens": supervised}
     print(
@@ -319,6 +386,16 @@ def fit(
     if lam and (span := grid.values[-1] - grid.values[0]) != 4:
         print(f"note: on this grid --lambda {lam * 16 / span**2:g} weighs the squared error as {lam:g} does on 1 to 5")
 
+    # A run that was cut off here goes on, if it was the same
+    part = Path(f"{out}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    held = records.lock(part / "lock")
+    if overwrite:
+        (part / "state.pt").unlink(missing_ok=True)
+    if (part / "state.pt").is_file():
+        records.same_settings(part, json.loads((part / "settings.json").read_text("utf-8")), settings)
+    records.write_whole(part / "settings.json", json.dumps(settings))
+
     # Seed model → p_s (stage 1) or p_tract (stage 2)
     network = load_model(model, dtype=torch.float32)  # at lr 1e-5, weights in bf16 would not move at all
     if gradient_checkpointing:
@@ -329,52 +406,61 @@ def fit(
     score_ids = torch.tensor(tokens.score_ids, device=device())
     score_values = torch.tensor(grid.values, device=device())
 
-    def loss(logits: Tensor, **batch) -> Loss:
-        return cot_raft_loss(
-            logits, score_ids=score_ids, score_values=score_values,
-            lam=lam, ce_weight=ce_weight, score_in_ce=not mask_score, ce_sum=ce_sum, **batch,
-        )  # fmt: skip
+    loss = partial(
+        cot_raft_loss, score_ids=score_ids, score_values=score_values,
+        lam=lam, ce_weight=ce_weight, score_in_ce=not mask_score, ce_sum=ce_sum,
+    )  # fmt: skip
 
-    part = Path(f"{out}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    metrics: dict = {}
-    with open(part / "log.jsonl", "w", encoding="utf-8", buffering=1) as log:
-        for line in train(
-            network, training, loss=loss, score_in_ce=not mask_score, pad_id=pad_id, lr=lr, warmup=warmup,
-            weight_decay=weight_decay, clip=clip, epochs=epochs, batch_size=batch_size, accumulation=accumulation,
-            seed=seed, bf16=has_bf16(), label=f"stage {stage}",
-        ):  # fmt: skip
-            if line.pop("epoch_done") and validation:
-                metrics = evaluate(
+    # Epochs → steps
+    lengths, size = [len(e.ids) for e in training], batch_size * accumulation
+    plan = [[training[i] for i in window] for epoch in range(epochs) for window in windows(lengths, size, seed + epoch)]
+    optimiser, schedule = make_optimiser(network, lr=lr, warmup=warmup, weight_decay=weight_decay, steps=len(plan))
+
+    state = State(part, network, optimiser, schedule)
+    done, bad_steps, loop_started, stop = state.load(), 0, time.time(), StopSignal()
+    with stop, open(part / "log.jsonl", "a", encoding="utf-8", buffering=1) as log:
+        lines = train(
+            network, optimiser, schedule, plan, loss=loss, score_in_ce=not mask_score, pad_id=pad_id, clip=clip,
+            batch_size=batch_size, bf16=has_bf16(), label=f"stage {stage}", done=done,
+        )  # fmt: skip
+        for line in lines:
+            if validation and line["step"] % (len(plan) // epochs) == 0:
+                line["held_out"] = evaluate(
                     network, validation, score_ids=score_ids, score_values=score_values,
                     pad_id=pad_id, batch_size=batch_size, bf16=has_bf16(),
                 )  # fmt: skip
-                line["held_out"] = metrics
             log.write(json.dumps(line) + "\n")
+            bad_steps = 0 if line["taken"] else bad_steps + 1
+            if line["step"] % save_every == 0 or bad_steps == max_bad_steps or stop.asked:
+                state.save(line["step"])
+            if bad_steps == max_bad_steps:
+                raise Fault(f"{part}: stopped after {bad_steps} steps in a row that were not finite; try a lower --lr")
+            if stop.asked:
+                raise KeyboardInterrupt(f"{part}: stopped after step {line['step']}; the same command goes on from there")
+    seconds = time.time() - loop_started
 
     # Checkpoint, then run.json, then the final name: a folder called `out` is always whole
     network.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    seconds = time.time() - started
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if torch.cuda.is_available()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    log = [json.loads(line) for line in (part / "log.jsonl").read_text("utf-8").splitlines()]
+    metrics = log[-1].get("held_out")
     records.write_run(
         part / "run.json", arguments=arguments, inputs=[data], started=started, stage=stage, grid=str(grid), no_cot=no_cot,
         counts=counts | {"trained": len(training), "held_out": len(validation), "too_long": len(too_long)},
-        held_out=metrics or None, last_step=line, tokens_per_second=round(line["tokens"] / seconds),
-        peak_memory_bytes=peak, device=str(device()), bf16=has_bf16(), **facts,
+        held_out=metrics, last_step=log[-1], steps_not_taken=sum(not line["taken"] for line in log),
+        resumed_after_step=done, tokens_per_second=round(sum(len(e.ids) for w in plan[done:] for e in w) / seconds),
+        peak_memory_bytes=peak_memory(), device=str(device()), bf16=has_bf16(), **facts,
     )  # fmt: skip
     if out.exists():
         shutil.rmtree(out)
     part.rename(out)
+    for leftover in ("state.pt", "settings.json", "lock"):
+        (out / leftover).unlink(missing_ok=True)
+    held.close()
     if metrics:
         print("held out: " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
     records.report(too_long, f"left out, longer than --max-length {max_length}")
-    print(f"{out}: stage {stage} done in {seconds:.0f} s")
+    print(f"{out}: stage {stage} done in {time.time() - started:.0f} s")
 
 
 def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
@@ -384,7 +470,7 @@ def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
     embedded = Path(first.parse_known_args()[0].model).resolve() == Path(TINY_SEED)
     data = {} if stage == 1 else {"data": "out/cots.jsonl"}
 
-    parser = argparse.ArgumentParser(description=description, formatter_class=records.Help)
+    parser = argparse.ArgumentParser(description=description, formatter_class=records.Help, allow_abbrev=False)
     group = parser.add_argument_group("what goes in and out")
     group.add_argument(
         "--model", default=TINY_SEED, help=f"seed model: a folder, a hub id or one of {', '.join(records.MODELS)}"
@@ -392,9 +478,7 @@ def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
     group.add_argument("--data", help="JSONL file of records")
     group.add_argument("--out", type=Path, default=Path(f"out/stage{stage}"), help="folder of the checkpoint")
     group.add_argument("--no-cot", action="store_true", help="train on the score alone, without any CoT")
-    group.add_argument(
-        "--val-fraction", type=float, default=0.05, help="share of the records held out, chosen by id and --seed"
-    )
+    group.add_argument("--val-fraction", type=float, default=0.05, help="share of the prompts held out, chosen by --seed")
     group = parser.add_argument_group("loss: ce-weight · CE + λ · squared error")
     group.add_argument("--lambda", dest="lam", type=float, default=1.0, help="λ, weight of the squared error; 0 leaves CE")
     group.add_argument("--ce-weight", type=float, default=1.0, help="weight of the cross-entropy; 0 leaves pure RAFT")
@@ -417,6 +501,8 @@ def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="recompute activations: slower, far less memory",
     )
+    group.add_argument("--save-every", type=int, default=200, help="steps after which the whole state is saved, to go on from")
+    group.add_argument("--max-bad-steps", type=int, default=10, help="stop after this many steps in a row that are not finite")
     records.add_common_arguments(parser)
     parser.set_defaults(**(EMBEDDED if embedded else PAPER) | data)
     return parser

@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 from functools import partial
 
 import pytest
@@ -45,11 +46,16 @@ def run(batch_size: int, accumulation: int, *, score_in_ce: bool = True, ce_sum:
     model = random_model(Words())
     if checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+    data = examples(19)
+    size = batch_size * accumulation
+    plan = [
+        [data[i] for i in w] for epoch in range(2) for w in stage1_train.windows([len(e.ids) for e in data], size, 3 + epoch)
+    ]
+    optimiser, schedule = stage1_train.make_optimiser(model, lr=1e-3, warmup=0.2, weight_decay=0.1, steps=len(plan))
     lines = list(
         stage1_train.train(
-            model, examples(19), loss=partial(LOSS, score_in_ce=score_in_ce, ce_sum=ce_sum), score_in_ce=score_in_ce,
-            pad_id=2, lr=1e-3, warmup=0.2, weight_decay=0.1, clip=1.0, epochs=2, batch_size=batch_size,
-            accumulation=accumulation, seed=3, bf16=False, label="test",
+            model, optimiser, schedule, plan, loss=partial(LOSS, score_in_ce=score_in_ce, ce_sum=ce_sum),
+            score_in_ce=score_in_ce, pad_id=2, clip=1.0, batch_size=batch_size, bf16=False, label="test",
         )
     )  # fmt: skip
     return lines, torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -58,7 +64,7 @@ def run(batch_size: int, accumulation: int, *, score_in_ce: bool = True, ce_sum:
 @pytest.mark.parametrize("options", [{}, {"score_in_ce": False}, {"ce_sum": True}, {"checkpointing": True}])
 def test_accumulation_gives_the_same_losses_and_weights(options):
     lines, weights = run(8, 1, **options)
-    assert len(lines) == 6 and [line["epoch_done"] for line in lines] == [False, False, True] * 2
+    assert len(lines) == 6 and all(line["taken"] for line in lines)
     for split in ((4, 2), (2, 4), (1, 8)):
         other_lines, other_weights = run(*split, **options)
         for a, b in zip(lines, other_lines, strict=True):
@@ -122,11 +128,11 @@ def test_every_example_once_an_epoch_and_windows_of_like_length():
     assert steps != stage1_train.windows(lengths, 8, seed=2)
 
 
-def test_held_out_by_id_alone():
-    ids = [f"r{i}" for i in range(4000)]
-    share = sum(stage1_train.held_out(id, 0.05, seed=0) for id in ids) / len(ids)
+def test_held_out_by_prompt_alone():
+    prompts = [f"Rate {i}." for i in range(4000)]
+    share = sum(stage1_train.held_out(prompt, 0.05, seed=0) for prompt in prompts) / len(prompts)
     assert 0.04 < share < 0.06
-    assert not any(stage1_train.held_out(id, 0.0, seed=0) for id in ids)
+    assert not any(stage1_train.held_out(prompt, 0.0, seed=0) for prompt in prompts)
 
 
 def test_checkpoint_opens_without_us_and_run_json_tells_all(tiny_records, write_jsonl, run_script, tmp_path, capsys):
@@ -168,6 +174,7 @@ def test_checkpoint_opens_without_us_and_run_json_tells_all(tiny_records, write_
         (["--data", "good.jsonl", "--model", "no/such-model"], "no/such-model: neither a checkpoint folder nor a model"),
         (["--data", "good.jsonl", "--max-length", 10], "all 3 records are longer than --max-length 10"),
         (["--data", "good.jsonl", "--grid", "1,2,x"], "--grid 1,2,x"),
+        (["--data", "good.jsonl", "--out", "mine", "--overwrite"], "mine: a folder that holds something else"),
     ],
 )
 def test_bad_arguments_get_one_line(arguments, message, tiny_records, write_jsonl, run_script, tmp_path, monkeypatch, capsys):
@@ -175,8 +182,89 @@ def test_bad_arguments_get_one_line(arguments, message, tiny_records, write_json
     write_jsonl("good.jsonl", tiny_records[:3])
     write_jsonl("empty.jsonl", [])
     (tmp_path / "folder").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").touch()
     with pytest.raises(SystemExit) as exit:
         run_script("stage1_train", "--out", "out", *arguments, "--val-fraction", 0)
     error = capsys.readouterr().err
     assert exit.value.code == 2 and message in error and error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and (tmp_path / "mine/thesis.tex").exists()
+
+
+def interrupt_at(monkeypatch, step: int, how) -> None:
+    """Let `how` happen right after the given step of the next training run."""
+    real = stage1_train.train
+
+    def train(*args, **kwargs):
+        for line in real(*args, **kwargs):
+            if line["step"] == step:
+                how()
+            yield line
+
+    monkeypatch.setattr(stage1_train, "train", train)
+
+
+def killed() -> None:
+    raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize(
+    "how, step, goes_on_after",
+    [(lambda: signal.raise_signal(signal.SIGTERM), 5, 5), (killed, 5, 4), (killed, 2, 0), (killed, 9, 8)],
+    ids=["sigterm", "killed", "killed before the first save", "killed in the second epoch"],
+)
+def test_a_run_that_was_cut_off_ends_the_same(
+    how, step, goes_on_after, tiny_records, write_jsonl, run_script, tmp_path, monkeypatch, capsys
+):
+    data, out = write_jsonl("train.jsonl", tiny_records[:100]), tmp_path / "cut"
+    arguments = ["--data", data, "--epochs", 2, "--save-every", 4, "--val-fraction", 0.1]
+    run_script("stage1_train", *arguments, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step, how)
+        with pytest.raises((SystemExit, RuntimeError)):
+            run_script("stage1_train", *arguments, "--out", out)
+    assert not out.exists()
+    capsys.readouterr()
+    if goes_on_after:
+        with pytest.raises(SystemExit):
+            run_script("stage1_train", *arguments, "--out", out, "--lr", 0.1)
+        assert "lr was 0.002, is 0.1" in capsys.readouterr().err
+    run_script("stage1_train", *arguments, "--out", out)
+    assert (f"going on after step {goes_on_after}" in capsys.readouterr().out) == bool(goes_on_after)
+    for name in ("model.safetensors", "log.jsonl"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    left = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in out.iterdir()} == left | {"chat_template.jinja", "log.jsonl", "run.json"}
+
+
+def test_a_second_process_on_the_same_output_is_refused(tiny_records, write_jsonl, run_script, tmp_path, capsys):
+    data = write_jsonl("train.jsonl", tiny_records[:4])
+    (tmp_path / "stage1.part").mkdir()
+    for script, out, held in (("stage1_train", "stage1", "stage1.part/lock"), ("predict", "p.jsonl", "p.jsonl.part")):
+        model = ["--model", records.TINY_SEED, "--data", data]
+        with records.lock(tmp_path / held), pytest.raises(SystemExit) as exit:
+            run_script(script, *model, "--out", tmp_path / out)
+        assert exit.value.code == 2 and "another process is writing this output" in capsys.readouterr().err
+
+
+def test_steps_that_are_not_finite_are_not_taken(tiny_records, write_jsonl, run_script, tmp_path, monkeypatch, capsys):
+    data, out = write_jsonl("train.jsonl", tiny_records[:96]), tmp_path / "stage1"
+    real, calls = stage1_train.supervised_logits, []
+
+    def broken(model, batch):
+        calls.append(1)
+        return real(model, batch) * (torch.nan if len(calls) in (2, 4, 5) else 1)
+
+    monkeypatch.setattr(stage1_train, "supervised_logits", broken)
+    arguments = ["--data", data, "--out", out, "--epochs", 1, "--val-fraction", 0, "--max-bad-steps", 2]
+    with pytest.raises(SystemExit) as exit:
+        run_script("stage1_train", *arguments)
+    shown, code = capsys.readouterr(), exit.value.code
+    del exit  # and with it the frame that holds the lock
+    assert code == 1 and "stopped after 2 steps in a row that were not finite" in shown.err
+    assert "step 2 not taken, its loss or gradient is not finite: train-" in shown.out + shown.err
+    run_script("stage1_train", *arguments)  # the state can be gone on from
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["taken"] for line in log] == [True, False, True, False, False, True]
+    assert log[1]["loss"] is None and json.loads((out / "run.json").read_text())["steps_not_taken"] == 3
+    assert all(torch.isfinite(p).all() for p in AutoModelForCausalLM.from_pretrained(out).parameters())

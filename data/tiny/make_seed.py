@@ -22,7 +22,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 import records  # noqa: E402
 from data.tiny.prepare import WORDS, sample  # noqa: E402
 from loss import cot_raft_loss  # noqa: E402
-from stage1_train import device, train  # noqa: E402
+from stage1_train import device, make_optimiser, train  # noqa: E402
 
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
 
@@ -69,16 +69,17 @@ def main() -> None:
         "score_ids": torch.tensor(score_ids, device=device()),
         "score_values": torch.tensor(grid.values, device=device()),
     }
-    log = list(train(
-        model, examples, loss=partial(cot_raft_loss, lam=0.0, **values), score_in_ce=True, pad_id=tokenizer.pad_token_id,
-        lr=3e-3, warmup=0.05, weight_decay=0.01, clip=1.0, epochs=1, batch_size=32, accumulation=1, seed=args.seed,
-        bf16=False, label="seed model",
-    ))  # fmt: skip
+    plan = [examples[i : i + 32] for i in range(0, len(examples), 32)]
+    optimiser, schedule = make_optimiser(model, lr=3e-3, warmup=0.05, weight_decay=0.01, steps=len(plan))
+    *_, last = train(
+        model, optimiser, schedule, plan, loss=partial(cot_raft_loss, lam=0.0, **values), score_in_ce=True,
+        pad_id=tokenizer.pad_token_id, clip=1.0, batch_size=32, bf16=False, label="seed model",
+    )  # fmt: skip
     shutil.rmtree(args.out, ignore_errors=True)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     size = sum(p.numel() for p in model.parameters())
-    print(f"{args.out}: {size} parameters, {len(tokenizer)} words, final CE {log[-1]['ce']:.3f}")
+    print(f"{args.out}: {size} parameters, {len(tokenizer)} words, final CE {last['ce']:.3f}")
 
 
 if __name__ == "__main__":
