@@ -100,7 +100,8 @@ def draw(files: dict[str, list[dict]], grids: dict[str, Grid], report: dict, pat
             means = [predicted[true == level].mean() for level in levels]
             top.plot(levels, means, "o-", color="black", label="mean prediction")
         top.plot(grid.values, grid.values, "--", color="gray", label="prediction = true score")
-        top.set(title=Path(name).stem, xlabel="true score", ylabel="prediction", ylim=(grid.values[0], grid.values[-1]))
+        limits = min(grid.values[0], predicted.min()), max(grid.values[-1], predicted.max())
+        top.set(title=Path(name).stem, xlabel="true score", ylabel="prediction", ylim=limits)
         top.legend(frameon=False, fontsize=8)
         for token in grid.tokens:
             bins = [p for p in report["files"][name]["reliability"] if p["score"] == token and p["n"] >= 10]  # fewer: noise
