@@ -265,9 +265,12 @@ class PartFile:
             print(f"{self.path}: going on after {len(self.done)} finished records")
 
     def add(self, record: dict) -> None:
+        try:
+            self.file.write(records.to_line(record))
+            self.file.flush()
+        except OSError as error:
+            raise Fault(f"{self.path}: {error.strerror}; make room, then the same command goes on") from None
         self.done[record["id"]] = record
-        self.file.write(records.to_line(record))
-        self.file.flush()
 
     def finish(self, whole: list[dict]) -> None:
         """Write the records to OUT and remove OUT.part."""

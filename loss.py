@@ -19,7 +19,7 @@ class Rail(NamedTuple):
 def rail(logits: Tensor, *, score_ids: Tensor, score_values: Tensor, renormalise: bool = False) -> Rail:
     """Regression-aware prediction (RAIL): the expected score under the next-token distribution.
 
-        ŷ = Σ_v p(str(v) | x, CoT) · v        paper, section 2 (x alone) and equation of the CR predictor (with CoT)
+        ŷ = Σ_v p(str(v) | x, CoT) · v        the paper's RAIL predictor; with a sampled CoT, its CR predictor
 
     logits        (..., V)  at the position that predicts the score, any float type
     score_ids     (S,)      token ids of the score grid
@@ -61,7 +61,7 @@ def cot_raft_loss(
 ) -> Loss:
     """CoT-RAFT: squared error of the expected score, plus cross-entropy on the CoT and the score.
 
-        λ · (Σ_v p(str(v) | x, CoT) · v − y*)²  −  log p([CoT, y*] | x)        paper, CoT-RAFT objective
+        λ · (Σ_v p(str(v) | x, CoT) · v − y*)²  −  log p([CoT, y*] | x)        the paper's CoT-RAFT objective
 
     logits        (R, V)  of the supervised rows alone; prompt and padding never come here
     targets       (R,)    the token each row has to predict

@@ -34,7 +34,7 @@ from typing import IO, Any, NamedTuple
 
 SUFFIX = " So the overall score is "
 IGNORE = -100  # label of a token that carries no loss
-PLACEHOLDER = "PROMPT"  # stands for the prompt where a chat template is tokenised around it
+PLACEHOLDER = "§PROMPT§"  # stands for the prompt where a chat template is tokenised around it
 ROOT = Path(__file__).resolve().parent
 TINY_SEED = str(ROOT / "data/tiny/seed")  # the embedded seed model
 
@@ -127,11 +127,16 @@ def parse_line(line: bytes, where: str) -> dict:
         raise ValueError(f"{constant} is not a number")
 
     try:
-        record = json.loads(line.decode("utf-8"), parse_constant=refuse)
+        record = json.loads(line.decode("utf-8-sig"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error}); every line must be one JSON object in UTF-8") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: a {type(record).__name__}, not a JSON object; every line must be one record")
+    if b"\\ud" in line.lower():
+        try:
+            to_line(record).encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError(f"{where}: holds half of a surrogate pair, which no text has; mend or remove it") from None
     return record
 
 
@@ -153,10 +158,6 @@ def check_record(record: dict, grid: Grid, need: Iterable[str]) -> str | None:
             return f"field '{field}' is {json.dumps(text)[:40]}, not a string; write it as one"
         if not text.strip():
             return f"field '{field}' is empty; fill it in or leave the record out"
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            return f"field '{field}' holds half of a surrogate pair, which no text has; mend or remove it"
     if SUFFIX.strip() in (record.get("cot") or ""):
         return f"field 'cot' holds '{SUFFIX.strip()}'; end the CoT before it, the score is added from 'score'"
     for field in ("score", "prediction", "decoded"):

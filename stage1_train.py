@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
@@ -82,7 +83,7 @@ def load_model(name: str, *, dtype: torch.dtype):
     """Causal language model of an alias, a checkpoint folder or a hub id, on the device, in eval mode."""
     name = records.MODELS.get(name, name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device()).eval()
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device()).eval()
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: its weights can't be loaded ({str(error).splitlines()[0][:160]})") from None
     # The loss applies the head to supervised rows alone; that is the whole model only if nothing comes after the head.
@@ -440,8 +441,12 @@ def fit(
     seconds = time.time() - loop_started
 
     # Checkpoint, then run.json, then the final name: a folder called `out` is always whole
-    network.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+    state.save(len(plan))
+    try:
+        network.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    except SafetensorError as error:
+        raise Fault(f"{part}: the checkpoint can't be written ({error}); make room, then the same command goes on") from None
     log = [json.loads(line) for line in (part / "log.jsonl").read_text("utf-8").splitlines()]
     metrics = log[-1].get("held_out")
     records.write_run(

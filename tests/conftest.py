@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaTokenizer, MistralConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, MistralConfig, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -53,6 +53,12 @@ def llama3_tokenizer():
     """Llama-3 style: digits are split off first, so the space before a score is a token of its own."""
     digits = pre_tokenizers.Digits(individual_digits=True)
     return byte_level(pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """The embedded task's: word-level."""
+    return AutoTokenizer.from_pretrained(ROOT / "data/tiny/seed")
 
 
 def random_model(tokenizer, seed: int = 0, **config):

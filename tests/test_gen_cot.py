@@ -153,3 +153,19 @@ def test_an_interrupted_file_goes_on_and_ends_the_same(tiny_records, write_jsonl
     run_script("gen_cot", *arguments, "--out", out)
     assert out.read_bytes() == whole and not part.exists()
     assert "going on after 7 finished records" in capsys.readouterr().out
+
+
+def test_out_of_memory_halves_the_batch(tiny_records, write_jsonl, run_script, tmp_path, monkeypatch, capsys):
+    data, real, sizes = write_jsonl("train.jsonl", tiny_records[:11]), gen_cot.judge, []
+
+    def small_device(model, tokenizer, batch, **options):
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError
+        return real(model, tokenizer, batch, **options)
+
+    monkeypatch.setattr(gen_cot, "judge", small_device)
+    out = tmp_path / "cots.jsonl"
+    run_script("gen_cot", "--model", records.TINY_SEED, "--data", data, "--out", out, "--batch-size", 8)
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 1] and len(out.read_text().splitlines()) == 11
+    assert "out of memory: going on with 2 prompts at a time" in capsys.readouterr().out

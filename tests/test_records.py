@@ -4,10 +4,12 @@ import copy
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 import records
-from records import IGNORE, Grid, InputError
+from records import IGNORE, SUFFIX, Grid, InputError
 
 GRID = Grid()
 PROMPT, COT = "Is it good?", "The answer is good."
@@ -104,23 +106,54 @@ def test_any_language_and_unknown_fields_pass_unharmed(write_jsonl, tmp_path):
 
 
 GOOD = {"id": "a", "prompt": "p", "cot": "c", "score": 4}
+NEXT = GOOD | {"id": "b"}
 BAD_LINES = {  # second line of a file → what the message says about it
     "not JSON": ("{oops", "not JSON"),
-    "an array": ("[1]", "not a JSON object"),
+    "cut off": ('{"id": "b", "prompt": "p', "not JSON"),
+    "trailing comma": ('{"id": "b",}', "not JSON"),
+    "single quotes": ("{'id': 'b'}", "not JSON"),
+    "two records": ('{"id": "b"} {"id": "c"}', "not JSON"),
+    "a comment": ("# to do", "not JSON"),
+    "an array": ("[1]", "a list, not a JSON object"),
+    "a string": ('"text"', "a str, not a JSON object"),
+    "a number": ("4", "a int, not a JSON object"),
+    "null": ("null", "a NoneType, not a JSON object"),
     "broken UTF-8": (b'{"id": "\xff"}', "not JSON"),
-    "no prompt": (GOOD | {"prompt": None}, "'prompt' is missing"),
-    "no cot": ({"id": "b", "prompt": "p", "score": 4}, "'cot' is missing"),
-    "no score": ({"id": "b", "prompt": "p", "cot": "c"}, "'score' is missing"),
-    "empty prompt": (GOOD | {"prompt": " \n"}, "'prompt' is empty"),
+    "UTF-16": ('{"id": "b"}'.encode("utf-16"), "not JSON"),
+    "NUL bytes": (b"\x00\x00\x00", "not JSON"),
+    "a raw line break in a text": (b'{"id": "b\tc"}', "not JSON"),
+    "deeply nested": ("[" * 100_000 + "]" * 100_000, "not JSON"),
+    "deeply nested field": ('{"id": ' + "[" * 100_000 + "]" * 100_000 + "}", "not JSON"),
+    "a number of 5,000 digits": ('{"score": ' + "9" * 5000 + "}", "not JSON"),
+    "empty object": ({}, "'id' is missing"),
+    "no id": ({"prompt": "p", "cot": "c", "score": 4}, "'id' is missing"),
+    "id null": (GOOD | {"id": None}, "'id' is missing"),
     "id a number": (GOOD | {"id": 7}, "'id' is 7, not a string"),
-    "score too high": (GOOD | {"score": 6}, "score 6 lies outside the grid"),
-    "score a string": (GOOD | {"score": "4"}, "'score' is \"4\", not a number"),
-    "score true": (GOOD | {"score": True}, "'score' is true, not a number"),
-    "score NaN": ('{"id": "b", "prompt": "p", "cot": "c", "score": NaN}', "NaN is not a number"),
-    "score huge": ('{"id": "b", "prompt": "p", "cot": "c", "score": 1e999}', "not a number"),
+    "id empty": (GOOD | {"id": ""}, "'id' is empty"),
     "duplicate id": (GOOD, "id 'a' was already used in line 1"),
-    "suffix in cot": (GOOD | {"id": "b", "cot": "Bad. So the overall score is 1"}, "end the CoT before it"),
-    "half a surrogate": (GOOD | {"id": "b", "prompt": "\ud800"}, "surrogate"),
+    "no prompt": ({"id": "b", "cot": "c", "score": 4}, "'prompt' is missing"),
+    "prompt null": (NEXT | {"prompt": None}, "'prompt' is missing"),
+    "prompt a list": (NEXT | {"prompt": ["p"]}, "'prompt' is [\"p\"], not a string"),
+    "prompt a number": (NEXT | {"prompt": 3}, "'prompt' is 3, not a string"),
+    "empty prompt": (NEXT | {"prompt": ""}, "'prompt' is empty"),
+    "blank prompt": (NEXT | {"prompt": " \n"}, "'prompt' is empty"),
+    "half a surrogate in the prompt": (NEXT | {"prompt": "\ud800"}, "surrogate"),
+    "half a surrogate in the id": (NEXT | {"id": "\udc00"}, "surrogate"),
+    "half a surrogate in a field of one's own": (NEXT | {"mine": ["\ud800"]}, "surrogate"),
+    "no cot": ({"id": "b", "prompt": "p", "score": 4}, "'cot' is missing"),
+    "cot a number": (NEXT | {"cot": 1.5}, "'cot' is 1.5, not a string"),
+    "empty cot": (NEXT | {"cot": ""}, "'cot' is empty"),
+    "suffix in cot": (NEXT | {"cot": "Bad. So the overall score is 1"}, "end the CoT before it"),
+    "no score": ({"id": "b", "prompt": "p", "cot": "c"}, "'score' is missing"),
+    "score null": (NEXT | {"score": None}, "'score' is missing"),
+    "score too high": (NEXT | {"score": 6}, "score 6 lies outside the grid"),
+    "score too low": (NEXT | {"score": 0.99}, "score 0.99 lies outside the grid"),
+    "score a string": (NEXT | {"score": "4"}, "'score' is \"4\", not a number"),
+    "score true": (NEXT | {"score": True}, "'score' is true, not a number"),
+    "score a list": (NEXT | {"score": [4]}, "'score' is [4], not a number"),
+    "score NaN": ('{"id": "b", "prompt": "p", "cot": "c", "score": NaN}', "NaN is not a number"),
+    "score Infinity": ('{"id": "b", "prompt": "p", "cot": "c", "score": -Infinity}', "-Infinity is not a number"),
+    "score huge": ('{"id": "b", "prompt": "p", "cot": "c", "score": 1e999}', "not a number"),
 }
 
 
@@ -135,7 +168,57 @@ def test_bad_line_gets_one_line_and_exit_code_2(case, tmp_path, run_script, caps
     error = capsys.readouterr().err
     assert exit.value.code == 2
     assert error.startswith(f"{path}:2: ") and message in error and error.count("\n") == 1
-    assert not out.exists()
+    assert not list(tmp_path.glob("out*"))
+
+
+BAD_COTS = {
+    "cots missing": ({"finished": [True]}, "only gen_cot.py adds self-generated CoTs"),
+    "cots a text": ({"cots": "c", "finished": [True]}, "'cots' does not hold one entry a CoT"),
+    "cots empty": ({"cots": [], "finished": []}, "'finished' does not hold one true or false a CoT"),
+    "one finished for two": ({"cots": ["c", "d"], "finished": [True]}, "'cots' does not hold one entry a CoT"),
+    "finished a number": ({"cots": ["c"], "finished": [1]}, "'finished' does not hold one true or false a CoT"),
+    "predictions": ({"cots": ["c"], "finished": [True], "prediction": 3.0}, "these are predictions"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COTS)
+def test_what_gen_cot_did_not_write_is_no_data_for_stage_2(case, write_jsonl, tmp_path, run_script, capsys):
+    fields, message = BAD_COTS[case]
+    with pytest.raises(SystemExit) as exit:
+        run_script("stage2_train", "--data", write_jsonl("cots.jsonl", [GOOD | fields]), "--out", tmp_path / "out")
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and message in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_is_odd_but_whole_is_read(tmp_path):
+    """A byte order mark, Windows line ends, blank lines, a gigantic line, NUL as a character: all of it is text."""
+    big = NEXT | {"prompt": "long " * 2_000_000, "mine": {"any": [None, {"depth": "\u0000"}]}}
+    path = tmp_path / "odd.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n" + json.dumps(big).encode())
+    assert records.read_records(path, grid=GRID) == [GOOD, big]
+
+
+TOKENIZERS = ["mistral_tokenizer", "gpt2_tokenizer", "llama3_tokenizer", "tiny_tokenizer"]
+SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<|end|>", "<|eot_id|>", "[INST]", "[/INST]", "give me a 5 [RESULT] 5", SUFFIX, "4"]
+TEXT = st.lists(st.sampled_from(SPECIAL) | st.text(st.characters(codec="utf-8"), max_size=8), min_size=1, max_size=6).map(
+    "".join
+)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prompt=TEXT, cot=TEXT, score=st.sampled_from([1, 3.5, 5]))
+def test_no_text_becomes_a_control_token_or_moves_the_score(name, request, prompt, cot, score):
+    tokenizer = request.getfixturevalue(name)
+    ids = records.score_tokens(tokenizer, GRID).score_ids
+    example = records.encode(tokenizer, {"id": "a", "prompt": prompt, "cot": cot, "score": score}, grid=GRID, score_ids=ids)
+    plain = records.encode(tokenizer, {"id": "a", "prompt": "p", "cot": "c", "score": score}, grid=GRID, score_ids=ids)
+    control = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    assert [i for i in example.ids if i in control] == [i for i in plain.ids if i in control]
+    assert example.score_position == len(example.ids) - 2
+    assert example.ids[example.score_position] == ids[GRID.nearest(score)]
+    assert records.prefix_ids(tokenizer, prompt, cot, GRID) == example.ids[: example.score_position]
 
 
 @pytest.mark.parametrize(
