@@ -269,7 +269,7 @@ class PartFile:
             self.file.write(records.to_line(record))
             self.file.flush()
         except OSError as error:
-            raise Fault(f"{self.path}: {error.strerror}; make room, then the same command goes on") from None
+            raise Fault(f"{self.path}: {error.strerror}; {records.GO_ON}") from None
         self.done[record["id"]] = record
 
     def finish(self, whole: list[dict]) -> None:

@@ -56,6 +56,9 @@ class Fault(Exception):
     """Something that went wrong while running; its text says what is kept and how to go on."""
 
 
+GO_ON = "what was finished is kept: mend it (is the disk full?) and give the same command to go on"
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`. What the caller can mend ends in one line on stderr and exit code 2, a fault of the machine
     (a full disk, a loss that is not finite) in exit code 1, an interruption in 130; none with a traceback."""
@@ -375,12 +378,16 @@ def to_line(record: dict) -> str:
 
 
 def write_whole(path: str | Path, text: str) -> None:
-    """Write beside `path`, flush to disk and rename: `path` is either whole or as it was before."""
+    """Write beside `path`, flush to disk and rename: `path` is either whole or as it was before. Raises Fault."""
     beside = Path(f"{path}.tmp")
-    with open(beside, "w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
+    try:
+        with open(beside, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise Fault(f"{path}: {error.strerror}; {GO_ON}") from None
     beside.replace(path)
 
 

@@ -18,6 +18,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -276,10 +277,7 @@ class State:
                 os.fsync(out.fileno())
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             beside.unlink(missing_ok=True)
-            raise Fault(
-                f"{self.path}: can't be written ({str(error).splitlines()[0][:120]}); what was saved before is whole, "
-                "make room and give the same command to go on"
-            ) from None
+            raise Fault(f"{self.path}: can't be written ({str(error).splitlines()[0][:120]}); {records.GO_ON}") from None
         beside.replace(self.path)
 
     def load(self) -> int:
@@ -320,6 +318,26 @@ class StopSignal:
 # -------------------------------------------------------------------------------------------------------- one stage
 
 
+def make_examples(
+    all_records: list[dict],
+    encode: Callable[[dict], Example],
+    cots_of: Callable[[dict], list[str]],
+    *,
+    val_fraction: float,
+    max_length: int,
+    seed: int,
+) -> tuple[list[Example], list[Example], set[str]]:
+    """One example a (record, CoT) pair: those to train on, those held out, and the ids of those that were too long."""
+    training, validation = [], []
+    for record in all_records:
+        side = validation if held_out(record["prompt"], val_fraction, seed) else training
+        cots = cots_of(record)
+        names = [record["id"]] if len(cots) == 1 else [f"{record['id']}#{k}" for k in range(1, len(cots) + 1)]
+        side += [encode(record | {"id": name, "cot": cot}) for name, cot in zip(names, cots, strict=True)]
+    too_long = records.too_long({e.id: len(e.ids) for e in training + validation}, max_length)
+    return [e for e in training if e.id not in too_long], [e for e in validation if e.id not in too_long], too_long
+
+
 def fit(
     all_records: list[dict],
     *,
@@ -357,7 +375,7 @@ def fit(
         del arguments[name]
     arguments["grid"] = str(grid)
     settings = {name: value for name, value in arguments.items() if name not in ("out", "overwrite", "save_every")}
-    settings |= records.model_settings(model) | {"sha256": records.sha256(data), "stage": stage}
+    settings |= facts | records.model_settings(model) | {"sha256": records.sha256(data), "stage": stage}
     settings = json.loads(json.dumps(settings, default=str))
     records.choose_out(out, overwrite)
     torch.manual_seed(seed)
@@ -366,14 +384,10 @@ def fit(
     tokenizer = load_tokenizer(model)
     tokens = records.score_tokens(tokenizer, grid)
     encode = partial(records.encode, tokenizer, grid=grid, score_ids=tokens.score_ids, no_cot=no_cot)
-    training, validation = [], []
-    for record in all_records:
-        side = validation if held_out(record["prompt"], val_fraction, seed) else training
-        cots = [""] if no_cot else cots_of(record)
-        names = [record["id"]] if len(cots) == 1 else [f"{record['id']}#{k}" for k in range(1, len(cots) + 1)]
-        side += [encode(record | {"id": name, "cot": cot}) for name, cot in zip(names, cots, strict=True)]
-    too_long = records.too_long({e.id: len(e.ids) for e in training + validation}, max_length)
-    training, validation = ([e for e in side if e.id not in too_long] for side in (training, validation))
+    training, validation, too_long = make_examples(
+        all_records, encode, (lambda record: [""]) if no_cot else cots_of,
+        val_fraction=val_fraction, max_length=max_length, seed=seed,
+    )  # fmt: skip
     if not training:
         raise InputError(f"{data}: nothing to train on; all its records are held out, too long or without a CoT")
     supervised = sum(label != IGNORE for e in training for label in e.labels)
@@ -419,11 +433,11 @@ def fit(
 
     state = State(part, network, optimiser, schedule)
     done, bad_steps, loop_started, stop = state.load(), 0, time.time(), StopSignal()
-    with stop, open(part / "log.jsonl", "a", encoding="utf-8", buffering=1) as log:
-        lines = train(
-            network, optimiser, schedule, plan, loss=loss, score_in_ce=not mask_score, pad_id=pad_id, clip=clip,
-            batch_size=batch_size, bf16=has_bf16(), label=f"stage {stage}", done=done,
-        )  # fmt: skip
+    lines = train(
+        network, optimiser, schedule, plan, loss=loss, score_in_ce=not mask_score, pad_id=pad_id, clip=clip,
+        batch_size=batch_size, bf16=has_bf16(), label=f"stage {stage}", done=done,
+    )  # fmt: skip
+    with stop, closing(lines), open(part / "log.jsonl", "a", encoding="utf-8", buffering=1) as log:
         for line in lines:
             if validation and line["step"] % (len(plan) // epochs) == 0:
                 line["held_out"] = evaluate(
@@ -433,6 +447,7 @@ def fit(
             log.write(json.dumps(line) + "\n")
             bad_steps = 0 if line["taken"] else bad_steps + 1
             if line["step"] % save_every == 0 or bad_steps == max_bad_steps or stop.asked:
+                os.fsync(log.fileno())  # the log may be ahead of the state, never behind
                 state.save(line["step"])
             if bad_steps == max_bad_steps:
                 raise Fault(f"{part}: stopped after {bad_steps} steps in a row that were not finite; try a lower --lr")
@@ -446,7 +461,7 @@ def fit(
         network.save_pretrained(part)
         tokenizer.save_pretrained(part)
     except SafetensorError as error:
-        raise Fault(f"{part}: the checkpoint can't be written ({error}); make room, then the same command goes on") from None
+        raise Fault(f"{part}: the checkpoint can't be written ({error}); {records.GO_ON}") from None
     log = [json.loads(line) for line in (part / "log.jsonl").read_text("utf-8").splitlines()]
     metrics = log[-1].get("held_out")
     records.write_run(

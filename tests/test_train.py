@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import signal
 from functools import partial
 
@@ -268,3 +269,31 @@ def test_steps_that_are_not_finite_are_not_taken(tiny_records, write_jsonl, run_
     assert [line["taken"] for line in log] == [True, False, True, False, False, True]
     assert log[1]["loss"] is None and json.loads((out / "run.json").read_text())["steps_not_taken"] == 3
     assert all(torch.isfinite(p).all() for p in AutoModelForCausalLM.from_pretrained(out).parameters())
+
+
+def test_the_second_signal_stops_at_once():
+    with stage1_train.StopSignal() as _, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)  # the first one waits for the step
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("script", ["stage1_train", "gen_cot"])
+def test_a_full_disk_is_one_message_and_loses_nothing(script, tiny_records, write_jsonl, run_script, tmp_path, capsys):
+    """A limit on the size of a file is what a full disk looks like; without it the same command goes on."""
+    data, out = write_jsonl("train.jsonl", tiny_records[:100]), tmp_path / "out"
+    arguments = ["--model", records.TINY_SEED, "--data", data, "--out", out]
+    arguments += ["--epochs", 1, "--save-every", 3] if script == "stage1_train" else []
+    no_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, no_limit[1]))
+    try:
+        with pytest.raises(SystemExit) as exit:
+            run_script(script, *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
+    error, code = capsys.readouterr().err.strip().splitlines(), exit.value.code
+    del exit  # and with it the frame that holds the lock
+    assert code == 1 and error[-1].startswith(f"{out}.part") and error[-1].endswith(records.GO_ON)
+    assert not out.exists() and (tmp_path / "out.part").exists()
+    run_script(script, *arguments)
+    assert out.exists() and not (tmp_path / "out.part").exists()
