@@ -375,7 +375,7 @@ def make_parser(description: str, *, model: str, data: str, out: str) -> argpars
     group.add_argument("--temperature", type=float, default=paper.temperature, help="0 always takes the most likely token")
     group.add_argument("--top-p", type=float, default=paper.top_p, help="sample from the smallest set of tokens with this mass")
     group.add_argument("--repetition-penalty", type=float, default=paper.repetition_penalty, help="1 is none")
-    group.add_argument("--batch-size", type=int, default=16, help="sequences on the device at a time")
+    group.add_argument("--batch-size", type=int, default=32, help="sequences on the device at a time")
     records.add_common_arguments(parser)
     return parser
 

@@ -109,7 +109,7 @@ class Grid(NamedTuple):
         return cls(tokens, values)
 
     def __str__(self) -> str:
-        return ",".join(f"{t}={v:g}" for t, v in zip(self.tokens, self.values, strict=True))
+        return ",".join(f"{t}={v:.12g}" for t, v in zip(self.tokens, self.values, strict=True))
 
     def nearest(self, score: float) -> int:
         """Index of the grid point nearest to `score`, halves up.
@@ -144,7 +144,7 @@ def parse_line(line: bytes, where: str) -> dict:
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e300  # neither NaN nor 400 digits
 
 
 def check_record(record: dict, grid: Grid, need: Iterable[str]) -> str | None:

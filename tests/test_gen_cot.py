@@ -124,9 +124,9 @@ def test_sampling_follows_the_nucleus_and_the_penalty():
 
 
 def test_an_interrupted_file_goes_on_and_ends_the_same(tiny_records, write_jsonl, run_script, tmp_path, monkeypatch, capsys):
-    data, out = write_jsonl("train.jsonl", tiny_records[:12]), tmp_path / "cots.jsonl"
+    data, out = write_jsonl("train.jsonl", tiny_records[:12]), tmp_path / "p.jsonl"
     arguments = ["--model", records.TINY_SEED, "--data", data, "--batch-size", 4, "--seed", 5]
-    run_script("gen_cot", *arguments, "--out", tmp_path / "whole.jsonl")
+    run_script("predict", *arguments, "--out", tmp_path / "whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_bytes()
     rows = [json.loads(line) for line in whole.splitlines()]
     assert [row["id"] for row in rows] == [r["id"] for r in tiny_records[:12]]
@@ -142,17 +142,30 @@ def test_an_interrupted_file_goes_on_and_ends_the_same(tiny_records, write_jsonl
 
     monkeypatch.setattr(gen_cot, "judge", cut_off)
     with pytest.raises(SystemExit):
-        run_script("gen_cot", *arguments, "--out", out)
-    part = tmp_path / "cots.jsonl.part"
+        run_script("predict", *arguments, "--out", out)
+    part = tmp_path / "p.jsonl.part"
     assert not out.exists() and part.exists()
     part.write_bytes(part.read_bytes()[:-20])  # the last line is torn
     with pytest.raises(SystemExit):
-        run_script("gen_cot", *arguments, "--out", out, "--top-p", 0.5)
+        run_script("predict", *arguments, "--out", out, "--top-p", 0.5)
     assert "top_p was 0.9, is 0.5" in capsys.readouterr().err
     monkeypatch.setattr(gen_cot, "judge", real)
-    run_script("gen_cot", *arguments, "--out", out)
+    run_script("predict", *arguments, "--out", out)
     assert out.read_bytes() == whole and not part.exists()
     assert "going on after 7 finished records" in capsys.readouterr().out
+
+    # What is finished is not written over
+    with pytest.raises(SystemExit):
+        run_script("predict", *arguments, "--out", out)
+    assert "already holds a finished run" in capsys.readouterr().err
+
+
+def test_gen_cot_keeps_the_annotated_cot_and_the_true_score(tiny_records, write_jsonl, run_script, tmp_path):
+    data, out = write_jsonl("train.jsonl", tiny_records[:3]), tmp_path / "cots.jsonl"
+    run_script("gen_cot", "--model", records.TINY_SEED, "--data", data, "--out", out, "--num-cots", 2)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [{key: row[key] for key in r} for row, r in zip(rows, tiny_records, strict=False)] == tiny_records[:3]
+    assert all(len(row["cots"]) == 2 and row["finished"] == [True, True] and len(row) == 6 for row in rows)
 
 
 def test_out_of_memory_halves_the_batch(tiny_records, write_jsonl, run_script, tmp_path, monkeypatch, capsys):

@@ -153,6 +153,7 @@ BAD_LINES = {  # second line of a file → what the message says about it
     "score a list": (NEXT | {"score": [4]}, "'score' is [4], not a number"),
     "score NaN": ('{"id": "b", "prompt": "p", "cot": "c", "score": NaN}', "NaN is not a number"),
     "score Infinity": ('{"id": "b", "prompt": "p", "cot": "c", "score": -Infinity}', "-Infinity is not a number"),
+    "score of 400 digits": ('{"id": "b", "prompt": "p", "cot": "c", "score": 1' + "0" * 400 + "}", "not a number"),
     "score huge": ('{"id": "b", "prompt": "p", "cot": "c", "score": 1e999}', "not a number"),
 }
 
