@@ -211,7 +211,7 @@ def killed() -> None:
 
 @pytest.mark.parametrize(
     "how, step, goes_on_after",
-    [(lambda: signal.raise_signal(signal.SIGTERM), 5, 5), (killed, 5, 4), (killed, 2, 0), (killed, 9, 8)],
+    [(lambda: signal.raise_signal(signal.SIGTERM), 5, 5), (killed, 7, 4), (killed, 2, 0), (killed, 11, 8)],
     ids=["sigterm", "killed", "killed before the first save", "killed in the second epoch"],
 )
 def test_a_run_that_was_cut_off_ends_the_same(
