@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("predictions", nargs="*", default=["out/predictions.jsonl"], help="JSONL files of predict.py")
     parser.add_argument("--out", type=Path, default=Path("out/eval"), help="folder for metrics.json and figure.png")
     parser.add_argument("--grid", help="score grid; None: the one predict.py noted, else 1,2,3,4,5")
-    parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples of the records")
+    parser.add_argument("--resamples", type=records.COUNT, default=1000, help="bootstrap resamples of the records")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the bootstrap")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation at --out")
     args = parser.parse_args()

@@ -300,6 +300,8 @@ def judge_file(
     Beside it, in OUT's name with .run.json, goes what was asked and counted; `facts` go there as they are.
     """
     started = time.time()
+    if records.read_run(model).get("no_cot") and sampling.max_new_tokens:
+        raise InputError(f"{model}: was trained without CoTs and can't write any; use it with predict.py --no-cot")
     grid = records.choose_grid(grid, model)
     all_records = records.read_records(data, grid=grid, need=need)
     tokenizer = load_tokenizer(model)
@@ -370,12 +372,23 @@ def make_parser(description: str, *, model: str, data: str, out: str) -> argpars
     group.add_argument("--out", type=Path, default=Path(out), help="JSONL file to write")
     group = parser.add_argument_group("sampling")
     paper = Sampling()
-    group.add_argument("--num-cots", type=int, default=paper.num_cots, help="CoTs a prompt")
-    group.add_argument("--max-new-tokens", type=int, default=paper.max_new_tokens, help="tokens; a longer CoT is unfinished")
-    group.add_argument("--temperature", type=float, default=paper.temperature, help="0 always takes the most likely token")
-    group.add_argument("--top-p", type=float, default=paper.top_p, help="sample from the smallest set of tokens with this mass")
-    group.add_argument("--repetition-penalty", type=float, default=paper.repetition_penalty, help="1 is none")
-    group.add_argument("--batch-size", type=int, default=32, help="sequences on the device at a time")
+    group.add_argument("--num-cots", type=records.COUNT, default=paper.num_cots, help="CoTs a prompt")
+    group.add_argument(
+        "--max-new-tokens", type=records.COUNT, default=paper.max_new_tokens, help="tokens; a longer CoT is unfinished"
+    )
+    group.add_argument(
+        "--temperature", type=records.WEIGHT, default=paper.temperature, help="0 always takes the most likely token"
+    )
+    group.add_argument(
+        "--top-p",
+        type=records.number(float, 1e-6, 1),
+        default=paper.top_p,
+        help="sample from the smallest set of tokens with this mass",
+    )
+    group.add_argument(
+        "--repetition-penalty", type=records.number(float, 1e-6), default=paper.repetition_penalty, help="1 is none"
+    )
+    group.add_argument("--batch-size", type=records.COUNT, default=32, help="sequences on the device at a time")
     records.add_common_arguments(parser)
     return parser
 

@@ -461,6 +461,24 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """The docstring of the script as it stands, and every default."""
 
 
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a number of this kind from `low` to `high`, both included."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return parse
+
+
+COUNT = number(int, 1)
+SHARE = number(float, 0, 1)
+WEIGHT = number(float, 0)
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that mean the same in every script that runs a model."""
     group = parser.add_argument_group("common")
@@ -469,7 +487,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="scores as tokens, 1,2,3,4,5, or token=value pairs, 1=0,3=50,5=100; None: the checkpoint's, else 1,2,3,4,5",
     )
     group.add_argument(
-        "--max-length", type=int, default=3000, help="tokens; longer records are left out and counted, never cut"
+        "--max-length", type=COUNT, default=3000, help="tokens; longer records are left out and counted, never cut"
     )
     group.add_argument("--seed", type=int, default=0, help="random seed")
     group.add_argument("--overwrite", action="store_true", help="replace what an earlier run left at --out")

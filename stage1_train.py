@@ -498,10 +498,14 @@ def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
     group.add_argument("--data", help="JSONL file of records")
     group.add_argument("--out", type=Path, default=Path(f"out/stage{stage}"), help="folder of the checkpoint")
     group.add_argument("--no-cot", action="store_true", help="train on the score alone, without any CoT")
-    group.add_argument("--val-fraction", type=float, default=0.05, help="share of the prompts held out, chosen by --seed")
+    group.add_argument(
+        "--val-fraction", type=records.SHARE, default=0.05, help="share of the prompts held out, chosen by --seed"
+    )
     group = parser.add_argument_group("loss: ce-weight · CE + λ · squared error")
-    group.add_argument("--lambda", dest="lam", type=float, default=1.0, help="λ, weight of the squared error; 0 leaves CE")
-    group.add_argument("--ce-weight", type=float, default=1.0, help="weight of the cross-entropy; 0 leaves pure RAFT")
+    group.add_argument(
+        "--lambda", dest="lam", type=records.WEIGHT, default=1.0, help="λ, weight of the squared error; 0 leaves CE"
+    )
+    group.add_argument("--ce-weight", type=records.WEIGHT, default=1.0, help="weight of the cross-entropy; 0 leaves pure RAFT")
     group.add_argument(
         "--mask-score", action="store_true", help="keep the score token out of the CE, as the authors' code does"
     )
@@ -509,20 +513,24 @@ def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
         "--ce-sum", action="store_true", help="CE summed over a sequence, as in the formula, not its mean over tokens"
     )
     group = parser.add_argument_group("optimiser")
-    group.add_argument("--lr", type=float, help="peak learning rate of AdamW")
-    group.add_argument("--epochs", type=int, help="passes over the data")
-    group.add_argument("--batch-size", type=int, help="sequences on the device at a time")
-    group.add_argument("--accumulation", type=int, help="batches an optimiser step")
-    group.add_argument("--warmup", type=float, help="share of the steps with rising learning rate; a cosine follows")
-    group.add_argument("--weight-decay", type=float, help="of weight matrices")
-    group.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    group.add_argument("--lr", type=records.WEIGHT, help="peak learning rate of AdamW")
+    group.add_argument("--epochs", type=records.COUNT, help="passes over the data")
+    group.add_argument("--batch-size", type=records.COUNT, help="sequences on the device at a time")
+    group.add_argument("--accumulation", type=records.COUNT, help="batches an optimiser step")
+    group.add_argument("--warmup", type=records.SHARE, help="share of the steps with rising learning rate; a cosine follows")
+    group.add_argument("--weight-decay", type=records.WEIGHT, help="of weight matrices")
+    group.add_argument("--clip", type=records.WEIGHT, default=1.0, help="largest norm of the gradient")
     group.add_argument(
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
         help="recompute activations: slower, far less memory",
     )
-    group.add_argument("--save-every", type=int, default=200, help="steps after which the whole state is saved, to go on from")
-    group.add_argument("--max-bad-steps", type=int, default=10, help="stop after this many steps in a row that are not finite")
+    group.add_argument(
+        "--save-every", type=records.COUNT, default=200, help="steps after which the whole state is saved, to go on from"
+    )
+    group.add_argument(
+        "--max-bad-steps", type=records.COUNT, default=10, help="stop after this many steps in a row that are not finite"
+    )
     records.add_common_arguments(parser)
     parser.set_defaults(**(EMBEDDED if embedded else PAPER) | data)
     return parser

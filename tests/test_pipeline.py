@@ -154,3 +154,32 @@ def test_defaults_follow_the_model(model, lr, data, run_script, capsys, monkeypa
 @pytest.mark.parametrize("script", PREPARE)
 def test_data_scripts_run_by_path(script):
     assert subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "script, option, value",
+    [("stage1_train", "--batch-size", 0), ("stage1_train", "--epochs", 0), ("stage1_train", "--lr", -1),
+     ("stage1_train", "--warmup", 1.5), ("stage1_train", "--lambda", "nan"), ("gen_cot", "--num-cots", 0),
+     ("predict", "--top-p", 0), ("predict", "--max-new-tokens", "many"), ("eval", "--resamples", 0)],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(script, option, value, run_script, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run_script(script, option, value)
+    assert exit.value.code == 2 and f"argument {option}: " in capsys.readouterr().err
+
+
+def test_without_cot_from_training_to_prediction(tiny_records, write_jsonl, run_script, tmp_path, capsys):
+    """RAFT without CoT: pure squared error on the score; such a model is not asked for CoTs."""
+    rows = [{key: r[key] for key in ("id", "prompt", "score")} for r in tiny_records[:64]]
+    data, out = write_jsonl("train.jsonl", rows), tmp_path / "raft"
+    run_script("stage1_train", "--data", data, "--out", out, "--no-cot", "--ce-weight", 0, "--epochs", 2)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert all(line["loss"] == pytest.approx(line["squared_error"]) for line in log)
+    assert log[-1]["squared_error"] < log[0]["squared_error"]
+    for script in ("gen_cot", "predict"):
+        with pytest.raises(SystemExit) as exit:
+            run_script(script, "--model", out, "--data", data, "--out", tmp_path / "p.jsonl")
+        assert exit.value.code == 2 and "was trained without CoTs" in capsys.readouterr().err
+    run_script("predict", "--model", out, "--data", data, "--out", tmp_path / "p.jsonl", "--no-cot")
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert all(row["cots"] == [""] and 0 < row["prediction"] <= 5 for row in rows)
