@@ -42,6 +42,7 @@ clean:
 
 # Bytecode is compiled when a module is first imported: packages this large take a minute to compile whole
 .venv/run: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --no-compile -r $<
 	touch $@

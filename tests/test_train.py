@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import random_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig
 
 import records
 import stage1_train
@@ -164,6 +164,15 @@ def test_checkpoint_opens_without_us_and_run_json_tells_all(tiny_records, write_
             run_script(script, *arguments)
         error = capsys.readouterr().err
         assert exit.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path):
+    """The loss sees the head's output; where that is not what the model predicts with, training would be wrong in silence."""
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    config = CohereConfig(**small, vocab_size=VOCABULARY, logit_scale=0.0625, initializer_range=0.5)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(records.InputError, match="scales or caps its logits"):
+        stage1_train.load_model(str(tmp_path), dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
