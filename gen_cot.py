@@ -84,7 +84,7 @@ def rows_of(cache: DynamicCache, rows: Tensor) -> DynamicCache:
 
 
 def random_numbers(name: str, n: int) -> Tensor:
-    """n uniform numbers that depend on `name` alone: a CoT is the same in any batch, and after an interruption."""
+    """n uniform numbers that depend on `name` alone: but for rounding, a CoT is the same in any batch."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
     return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
 
