@@ -358,7 +358,7 @@ def judge_file(
         grid=str(grid), counts=counts, device=str(device()), bf16=has_bf16(),
     )  # fmt: skip
     part.finish(done)  # after run.json: where OUT is, everything is
-    records.report(too_long, f"left out, their prompt longer than --max-length {max_length} or than the model can read")
+    records.report(sorted(too_long), f"left out, their prompt longer than --max-length {max_length} or than the model can read")
     records.report(unfinished, "with a CoT that did not reach the suffix by itself")
     print(f"{out}: {len(done)} records")
 

@@ -479,7 +479,7 @@ def fit(
     held.close()
     if metrics:
         print("held out: " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
-    records.report(too_long, f"left out, longer than --max-length {max_length}")
+    records.report(sorted(too_long), f"left out, longer than --max-length {max_length}")
     print(f"{out}: stage {stage} done in {time.time() - started:.0f} s")
 
 
