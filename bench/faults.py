@@ -52,9 +52,7 @@ def start(command: list, **options) -> subprocess.Popen:
 
 def progress(out: Path, stage: str) -> int:
     """Bytes of the file that grows with every step or batch; 0 before the first."""
-    growing = out / ("stage1.part/log.jsonl" if stage == "stage1" else f"{stage}.part/log.jsonl")
-    if stage in ("cots", "predictions"):
-        growing = out / f"{stage}.jsonl.part"
+    growing = out / (f"{stage}.part/log.jsonl" if "stage" in stage else f"{stage}.jsonl.part")
     return growing.stat().st_size if growing.is_file() else 0
 
 
