@@ -1,6 +1,8 @@
 # The JSONL files are a graph; this says which command makes which file.
 #
 #   make demo            the whole method on the embedded task, files under out/demo (make demo OUT=... elsewhere)
+#   make ablations       every method of the paper's table and its ablations, five seeds, files under out/ablations
+#                        (make ablations ROWS="tract a1" SEEDS="1 2")
 #   make test            the tests
 #   make clean           remove out/demo
 
@@ -9,7 +11,10 @@ OUT    ?= out/demo
 RUN     = .venv/bin/python
 TINY    = data/tiny
 
-.PHONY: demo test lint clean
+ROWS    ?= main sweeps scale
+SEEDS   ?= 1 2 3 4 5
+
+.PHONY: demo ablations test lint clean
 .DELETE_ON_ERROR:
 
 demo: $(OUT)/predictions_p_s.jsonl $(OUT)/predictions.jsonl
@@ -29,6 +34,10 @@ $(OUT)/predictions_p_s.jsonl: $(OUT)/stage1/run.json
 
 $(OUT)/predictions.jsonl: $(OUT)/stage2/run.json
 	$(RUN) predict.py --model $(OUT)/stage2 --data $(TINY)/test.jsonl --out $@
+
+ablations: | .venv/run
+	$(RUN) bench/ablations.py --rows $(ROWS) --seeds $(SEEDS)
+	$(RUN) results/ablations/draw.py out/ablations/metrics.json
 
 test: lint
 	$(RUN) -m pytest

@@ -10,6 +10,7 @@ interval from the same resampled records for both. What has no score is counted,
 import argparse
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +36,27 @@ METRICS = {  # (predicted (n,), true (n,)) → number
 
 
 def bootstrap(
-    values: dict[str, np.ndarray], true: np.ndarray, *, resamples: int, seed: int
+    values: dict[str, np.ndarray], true: np.ndarray, *, resamples: int, seed: int, metrics: Iterable[str] = tuple(METRICS)
 ) -> dict[str, dict[str, np.ndarray]]:
     """Every metric of every column of `values` on the data (entry 0) and on `resamples` resamples of its records.
 
-    All columns see the same resampled records, so that differences between them are paired.
+    A column is (n,), or (S, n) for S training runs with different seeds: then the metric is the mean over the runs, and the
+    runs are resampled as well. All columns see the same resampled records and runs, so that differences are paired.
     """
     random = np.random.default_rng(seed)
-    n = len(true)
-    picks = [np.arange(n), *(random.integers(0, n, n) for _ in range(resamples))]
+    n, runs = len(true), max(map(len, map(np.atleast_2d, values.values())))
+    picks = [(range(runs), np.arange(n))]
+    for _ in range(resamples):
+        picks.append((random.integers(0, runs, runs) if runs > 1 else range(1), random.integers(0, n, n)))
+
+    def on(pick: np.ndarray, column: np.ndarray, of) -> list[float]:
+        return [of(run[pick], true[pick]) for run in np.atleast_2d(column)]
+
     return {
-        name: {metric: np.array([of(column[pick], true[pick]) for pick in picks]) for metric, of in METRICS.items()}
+        name: {
+            metric: np.array([np.mean(np.array(on(pick, column, METRICS[metric]))[list(which)]) for which, pick in picks])
+            for metric in metrics
+        }
         for name, column in values.items()
     }
 
@@ -65,6 +76,15 @@ def grid_of(path: str, asked: str | None) -> Grid:
     if asked or not noted.is_file():
         return Grid.parse(asked) if asked else Grid()
     return Grid.parse(json.loads(noted.read_text("utf-8"))["grid"])
+
+
+def again(row: dict, grid: Grid, *, cots: int | None, renormalise: bool) -> dict:
+    """A record as it would be had predict.py been given --num-cots `cots` or --renormalise. Raises InputError."""
+    if cots and cots > len(row["finished"]):
+        raise InputError(f"record {row['id']!r} has {len(row['finished'])} CoTs, fewer than --cots {cots}")
+    row = row | {field: row[field][:cots] for field in ("finished", "score_probs", "off_grid")}
+    row["prediction"], row["decoded"] = records.predicted(row["score_probs"], grid, renormalise=renormalise)
+    return row
 
 
 def reliability(rows: list[dict], grid: Grid, bins: int = 10) -> list[dict]:
@@ -187,6 +207,8 @@ def main() -> None:
     parser.add_argument("predictions", nargs="*", default=["out/predictions.jsonl"], help="JSONL files of predict.py")
     parser.add_argument("--out", type=Path, default=Path("out/eval"), help="folder for metrics.json and figure.png")
     parser.add_argument("--grid", help="score grid; None: the one predict.py noted, else 1,2,3,4,5")
+    parser.add_argument("--cots", type=records.COUNT, help="use the first so many CoTs of each record; None: all")
+    parser.add_argument("--renormalise", action="store_true", help="divide expected scores by the mass on the grid")
     parser.add_argument("--resamples", type=records.COUNT, default=1000, help="bootstrap resamples of the records")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the bootstrap")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation at --out")
@@ -198,6 +220,11 @@ def main() -> None:
     grids = {path: grid_of(path, args.grid) for path in args.predictions}
     need = ("id", "prediction", "decoded", "score_probs", "off_grid", "finished")
     files = {path: records.read_records(path, grid=grids[path], need=need) for path in args.predictions}
+    if args.cots or args.renormalise:
+        files = {
+            path: [again(row, grids[path], cots=args.cots, renormalise=args.renormalise) for row in rows]
+            for path, rows in files.items()
+        }
     report = compare(files, grids, resamples=args.resamples, seed=args.seed)
 
     args.out.mkdir(parents=True, exist_ok=True)

@@ -205,10 +205,12 @@ def judge(
     tokens: ScoreTokens,
     seed: int,
     with_scores: bool,
+    given: list[list[str]] | None = None,
 ) -> list[Judgement]:
     """Write `num_cots` CoTs for each record's prompt and, if asked, read the score distribution after each.
 
-    `max_new_tokens` 0 writes no CoT: the suffix follows the prompt, and the scores are those of plain RAIL.
+    `max_new_tokens` 0 writes no CoT: the suffix follows the prompt, and the scores are those of plain RAIL; or, where
+    `given` holds `num_cots` CoTs a record, those after them.
     """
     n = sampling.num_cots
     prompts = [records.prompt_ids(tokenizer, record["prompt"]) for record in batch]
@@ -223,7 +225,7 @@ def judge(
     for written in decode(model, prompts, names, sampling=sampling, suffix_ids=tokens.suffix_ids, end_ids=sorted(ends)):
         for row, ids in zip(written.rows, written.ids, strict=True):
             own, k = judged[row // n], row % n
-            own.cots[k], own.finished[k] = read_cot(tokenizer, ids)
+            own.cots[k], own.finished[k] = (given[row // n][k], True) if given else read_cot(tokenizer, ids)
             own.tokens[k] = len(ids)
         if with_scores:
             pairs = [(batch[row // n]["prompt"], judged[row // n].cots[row % n]) for row in written.rows]
@@ -293,9 +295,12 @@ def judge_file(
     overwrite: bool,
     with_scores: bool,
     fields: Callable[[Judgement, Grid], dict],
+    given: str | None = None,
     **facts,
 ) -> None:
     """Judge every record of `data` with `model`; write it to `out` with the `fields` of its judgement added.
+
+    `given` names the field, cot or cots, whose CoTs are scored in place of sampled ones.
 
     Beside it, in OUT's name with .run.json, goes what was asked and counted; `facts` go there as they are.
     """
@@ -307,10 +312,23 @@ def judge_file(
     tokenizer = load_tokenizer(model)
     tokens = records.score_tokens(tokenizer, grid)
     settings = records.model_settings(model) | {"data": data, "sha256": records.sha256(data), "grid": str(grid)}
-    settings |= {"max_length": max_length, "seed": seed} | sampling._asdict() | facts
+    given_cots = {r["id"]: r["cots"] if given == "cots" else [r["cot"]] for r in all_records} if given else {}
+    if given:
+        sampling = sampling._replace(num_cots=len(given_cots[all_records[0]["id"]]), max_new_tokens=0)
+        if uneven := [id for id, cots in given_cots.items() if len(cots) != sampling.num_cots]:
+            raise InputError(
+                f"{data}: record {uneven[0]!r} has another number of CoTs than the first; make it the same for all"
+            )
+    settings |= {"max_length": max_length, "seed": seed, "given": given} | sampling._asdict() | facts
     part = PartFile(out, settings, overwrite)
 
-    lengths = {r["id"]: len(records.prompt_ids(tokenizer, r["prompt"])) for r in all_records}
+    def length(record: dict) -> int:
+        prompt = record["prompt"]
+        if given:
+            return max(len(records.prefix_ids(tokenizer, prompt, cot, grid)) for cot in given_cots[record["id"]])
+        return len(records.prompt_ids(tokenizer, prompt))
+
+    lengths = {r["id"]: length(r) for r in all_records}
     network = load_model(model, dtype=torch.bfloat16 if has_bf16() else torch.float32)
     room = (getattr(network.config, "max_position_embeddings", None) or max_length) - len(tokens.suffix_ids) - 2
     too_long = records.too_long(lengths, min(max_length, room))
@@ -328,6 +346,7 @@ def judge_file(
                     judged = judge(
                         network, tokenizer, batch,
                         sampling=sampling, grid=grid, tokens=tokens, seed=seed, with_scores=with_scores,
+                        given=[given_cots[r["id"]] for r in batch] if given else None,
                     )  # fmt: skip
                 except torch.OutOfMemoryError:
                     if at_once == 1:
@@ -358,7 +377,7 @@ def judge_file(
         grid=str(grid), counts=counts, device=str(device()), bf16=has_bf16(),
     )  # fmt: skip
     part.finish(done)  # after run.json: where OUT is, everything is
-    records.report(sorted(too_long), f"left out, their prompt longer than --max-length {max_length} or than the model can read")
+    records.report(sorted(too_long), f"left out, longer than --max-length {max_length} or than the model can read")
     records.report(unfinished, "with a CoT that did not reach the suffix by itself")
     print(f"{out}: {len(done)} records")
 

@@ -120,6 +120,29 @@ class Grid(NamedTuple):
         return min(range(len(self.values)), key=lambda i: (abs(self.values[i] - score), -self.values[i]))
 
 
+def predicted(score_probs: list[list[float]], grid: Grid, *, renormalise: bool = False) -> tuple[float, float]:
+    """`prediction` (CoT-RAIL: Σ_v p(v) · v) and `decoded` (the most likely score), both averaged over the CoTs.
+
+    score_probs: one list a CoT, p(score token) in the order of the grid. `renormalise` divides each expected score by its
+    mass on the grid, which the paper does not.
+
+    >>> predicted([[0.0, 0.2, 0.0, 0.6, 0.0]], Grid())
+    (2.8, 4.0)
+    >>> predicted([[0.0, 0.2, 0.0, 0.6, 0.0]], Grid(), renormalise=True)
+    (3.5, 4.0)
+    """
+    expected = [sum(p * v for p, v in zip(probs, grid.values, strict=True)) for probs in score_probs]
+    if renormalise:
+        expected = [e / sum(probs) for e, probs in zip(expected, score_probs, strict=True)]
+    decoded = [grid.values[probs.index(max(probs))] for probs in score_probs]
+    return significant(sum(expected) / len(expected)), sum(decoded) / len(decoded)
+
+
+def significant(number: float) -> float:
+    """Seven digits, which is what fp32 holds: the files stay readable."""
+    return float(f"{number:.7g}")
+
+
 # ------------------------------------------------------------------------------------------------- reading records
 
 

@@ -487,7 +487,9 @@ def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
     """The options of both training stages. Which defaults they have depends on --model, so that is looked at first."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", default=TINY_SEED)
-    embedded = Path(first.parse_known_args()[0].model).resolve() == Path(TINY_SEED)
+    model = first.parse_known_args()[0].model
+    seed = records.read_run(model).get("arguments", {}).get("model", model)  # p_s is trained on as its seed was (A.4)
+    embedded = Path(seed).resolve() == Path(TINY_SEED)
     data = {} if stage == 1 else {"data": "out/cots.jsonl"}
 
     parser = argparse.ArgumentParser(description=description, formatter_class=records.Help, allow_abbrev=False)

@@ -45,6 +45,33 @@ def test_interval_covers_and_pairing_narrows_it():
     assert alone["low"] < alone["value"] < alone["high"]
 
 
+def test_several_seeds_are_averaged_and_resampled():
+    """Two runs with an RMSE of 1 and of 3 in every resample of the records: what varies is which runs were drawn."""
+    y = np.arange(50) % 5 + 1.0
+    samples = eval.bootstrap({"both": np.stack([y + 1, y + 3])}, y, resamples=200, seed=0, metrics=("rmse",))["both"]["rmse"]
+    assert samples[0] == pytest.approx(2)
+    assert {round(float(x), 6) for x in samples[1:]} == {1, 2, 3}
+
+
+def test_fewer_cots_and_renormalised(write_jsonl, run_script, tmp_path, capsys):
+    rows = predictions(30, 0.5, 1)
+    for i, row in enumerate(rows):  # .5 of the mass on one score; a second CoT that says the opposite
+        row["score_probs"] = [[p / 2 for p in row["score_probs"][0]], [p / 2 for p in row["score_probs"][0][::-1]]]
+        row |= {"cots": ["c", "d"], "finished": [True, i > 0], "off_grid": [0.5, 0.5], "prediction": 1.5, "decoded": 3.0}
+    path = write_jsonl("p.jsonl", rows)
+    run_script("eval", path, "--out", tmp_path / "a", "--resamples", 5)
+    run_script("eval", path, "--out", tmp_path / "b", "--resamples", 5, "--cots", 1, "--renormalise")
+    both, first = (json.loads((tmp_path / name / "metrics.json").read_text())["files"][str(path)] for name in "ab")
+    assert both["prediction"]["pearson"]["value"] is None and (both["cots"], first["cots"]) == (60, 30)
+    expected = [5 - row["score_probs"][0][::-1].index(0.5) for row in rows]  # renormalised, all mass on one score
+    true = np.array([row["score"] for row in rows])
+    assert first["prediction"]["rmse"]["value"] == pytest.approx(eval.METRICS["rmse"](np.array(expected), true))
+    assert first["unfinished_rate"] == 0 and both["unfinished_rate"] == pytest.approx(1 / 60)
+    with pytest.raises(SystemExit) as exit:
+        run_script("eval", path, "--out", tmp_path / "c", "--cots", 3)
+    assert exit.value.code == 2 and "record 'r0' has 2 CoTs, fewer than --cots 3" in capsys.readouterr().err
+
+
 def test_reliability_counts():
     points = eval.reliability(predictions(100, 0.0, 1), Grid())
     assert all(p["observed"] == pytest.approx(p["predicted"]) for p in points)

@@ -185,3 +185,30 @@ def test_out_of_memory_halves_the_batch(tiny_records, write_jsonl, run_script, t
     run_script("gen_cot", "--model", records.TINY_SEED, "--data", data, "--out", out, "--batch-size", 8)
     assert sizes == [8, 4, 2, 2, 2, 2, 2, 1] and len(out.read_text().splitlines()) == 11
     assert "out of memory: going on with 2 prompts at a time" in capsys.readouterr().out
+
+
+def test_given_cots_are_scored_as_they_stand(tiny_records, write_jsonl, run_script, tmp_path, capsys):
+    """Annotated CoTs get the distribution of a fresh pass; CoTs of an earlier run get the one they had there."""
+    data, model = write_jsonl("test.jsonl", tiny_records[:6]), records.TINY_SEED
+    run_script("predict", "--model", model, "--data", data, "--out", tmp_path / "own.jsonl", "--num-cots", 2)
+    run_script(
+        "predict", "--model", model, "--data", tmp_path / "own.jsonl", "--out", tmp_path / "again.jsonl", "--given", "cots"
+    )
+    run_script("predict", "--model", model, "--data", data, "--out", tmp_path / "cot.jsonl", "--given", "cot")
+    own, again, cot = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("own", "again", "cot")
+    )
+    network, tokenizer = gen_cot.load_model(model, dtype=torch.float32), gen_cot.load_tokenizer(model)
+    for before, after, annotated, record in zip(own, again, cot, tiny_records, strict=False):
+        assert after["cots"] == before["cots"] and len(after["finished"]) == 2
+        for k in (0, 1):
+            assert after["score_probs"][k] == pytest.approx(before["score_probs"][k], abs=1e-4)
+        assert annotated["cots"] == [record["cot"]]
+        fresh = fresh_scores(network, tokenizer, record["prompt"], record["cot"])
+        assert annotated["score_probs"][0] == pytest.approx(fresh.probs.tolist(), abs=1e-4)
+
+    own[3] = own[3] | {"cots": own[3]["cots"][:1], "finished": [True]}
+    with pytest.raises(SystemExit) as exit:
+        uneven = write_jsonl("uneven.jsonl", own)
+        run_script("predict", "--model", model, "--data", uneven, "--out", tmp_path / "x.jsonl", "--given", "cots")
+    assert exit.value.code == 2 and "'train-0003' has another number of CoTs" in capsys.readouterr().err

@@ -5,13 +5,19 @@ steps: too much for a two-layer model in one pass, easy in a CoT), count the rig
 The rating is noisy, so its expectation beats its most likely value. And the annotator knew the rating when writing the
 CoT: its opening verdict word leaks more than the input supports, which is what stage 2 exists to unlearn.
 
-    python data/tiny/prepare.py            # train.jsonl, valid.jsonl, test.jsonl beside this file; always the same bytes
+    python data/tiny/prepare.py                  # {train,valid,test,test_ood}.jsonl beside this file; always the same bytes
+    python data/tiny/prepare.py --targets real   # the same records with real-valued scores: train_real.jsonl and so on
 """
 
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import records
 
 STEPS = "ABCD"
 TONES = ["rude", "vague", "plain", "clear", "warm"]  # worth 0 .. 4
@@ -26,12 +32,35 @@ WORDS = (
     + "### : . , ; ? + - = Instruction Response Reference Rubric Feedback count from "
     "right wrong steps tone this answer is says So the overall score".split()
 )
-SPLITS = {"train": 1500, "valid": 500, "test": 1000}
 
 
-def sample(rng: random.Random, *, random_verdict: bool = False) -> dict:
-    """Draw one record: `prompt`, annotated `cot`, `score`; `random_verdict` draws the verdict word without the rating."""
-    start, skill, tone = rng.randrange(10), rng.choice(SKILLS), rng.randrange(5)
+class Judging(NamedTuple):
+    """What is judged, and how the rater judges it. The defaults are those of the training split."""
+
+    tone_draws: int = 1  # the tone is the best of so many draws
+    weight: float = 0.45  # of the right claims in the quality; the rest is tone
+    shy: float = 0.15  # how often the rater avoids the extremes and gives a 3
+    offset: float = 0.0  # how much higher than the quality the rater's mean is
+
+
+TRAINING = Judging()
+SPLITS = {  # records, and how they are judged
+    "train": (1500, TRAINING),
+    "valid": (500, TRAINING),
+    "test": (1000, TRAINING),
+    "test_ood": (1000, Judging(tone_draws=2, weight=0.65, shy=0.0, offset=-0.5)),
+}
+TARGETS = {  # what `score` holds, of a draw
+    "rating": lambda draw: draw["rating"],  # one rater's, a whole number
+    "real": lambda draw: round((draw["rating"] + draw["quality"]) / 2, 3),  # half-way to the consensus of many
+    "rounded": lambda draw: int(TARGETS["real"](draw) + 0.5),
+}
+
+
+def sample(rng: random.Random, judging: Judging = TRAINING, *, random_verdict: bool = False) -> dict:
+    """Draw `prompt`, annotated `cot`, `rating` and `quality`; `random_verdict` draws the verdict word without the rating."""
+    start, skill = rng.randrange(10), rng.choice(SKILLS)
+    tone = max(rng.randrange(5) for _ in range(judging.tone_draws))
     value, claims, sums, working, right = start, [], [], [], 0
     for step in STEPS:
         before, sign, size = value, rng.choice("+-"), rng.choice((1, 2))
@@ -43,19 +72,20 @@ def sample(rng: random.Random, *, random_verdict: bool = False) -> dict:
         verdict = "right" if claim == value else "wrong"
         working.append(f"{step} {before} {sign} {size} = {value} says {claim} {verdict}")
 
-    quality = 1 + 4 * (0.45 * right / len(STEPS) + 0.55 * tone / 4)
-    noisy = 3 if rng.random() < 0.15 else quality + rng.gauss(0, 0.7)  # some raters shy away from the extremes
-    score = min(5, max(1, int(noisy + 0.5)))
-    leaked = score
+    quality = judging.offset + 1 + 4 * (judging.weight * right / len(STEPS) + (1 - judging.weight) * tone / 4)
+    noisy = 3 if rng.random() < judging.shy else quality + rng.gauss(0, 0.7)
+    rating = min(5, max(1, int(noisy + 0.5)))
+    leaked = rating
     if rng.random() > 0.65:
-        leaked = rng.choice([s for s in (score - 1, score + 1) if 1 <= s <= 5])
+        leaked = rng.choice([s for s in (rating - 1, rating + 1) if 1 <= s <= 5])
     if random_verdict:
         leaked = rng.randint(1, 5)
     return {
         "prompt": f"### Instruction : count from {start} ### Response : {TONES[tone]} . {' ; '.join(claims)} "
         f"### Reference : {' ; '.join(sums)} ### Rubric : right steps , good tone ? ### Feedback :",
         "cot": f"this answer is {VERDICTS[leaked - 1]} . {' ; '.join(working)} ; tone {TONES[tone]} .",
-        "score": score,
+        "rating": rating,
+        "quality": min(5.0, max(1.0, quality)),
     }
 
 
@@ -63,14 +93,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the task (default: %(default)s)")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help="which to write (default: all)")
+    parser.add_argument("--size", type=int, help="records of each split (default: 1500, 500, 1000, 1000)")
+    parser.add_argument("--targets", choices=TARGETS, default="rating", help="what to put into `score` (default: %(default)s)")
     args = parser.parse_args()
-    for split, size in SPLITS.items():
+    args.out.mkdir(parents=True, exist_ok=True)
+    for split in args.splits:
+        size, judging = SPLITS[split]
         rng = random.Random(f"{args.seed}/{split}")  # a string is hashed with SHA-512: the same on every machine
-        path = args.out / f"{split}.jsonl"
-        with path.open("w", encoding="utf-8") as out:
-            for i in range(size):
-                out.write(json.dumps({"id": f"{split}-{i:04}", **sample(rng)}) + "\n")
-        print(f"{path}: {size} records")
+        path = args.out / f"{split}{'' if args.targets == 'rating' else '_' + args.targets}.jsonl"
+        lines = []
+        for i in range(args.size or size):
+            draw = sample(rng, judging)
+            record = {"id": f"{split}-{i:04}", "prompt": draw["prompt"], "cot": draw["cot"]}
+            lines.append(json.dumps(record | {"score": TARGETS[args.targets](draw)}) + "\n")
+        records.write_whole(path, "".join(lines))
+        print(f"{path}: {len(lines)} records")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,85 @@
+"""The best possible judges of the embedded task, with no training: expectations under the model that drew it.
+
+Three know different things, and a trained judge can at best become one of them:
+
+    no-cot     E[score | tone]: the chain was not worked out
+    one-stage  E[score | right claims, tone, verdict] with a verdict drawn from p(verdict | tone): it takes the verdict word
+               for the annotator's, as training on annotated CoTs teaches it, and has to write that word itself
+    two-stage  E[score | right claims, tone]: it knows that its own verdict is worth nothing
+
+They know how the training split is judged, on whichever split they are asked.
+
+    python data/tiny/ideal.py data/tiny/test.jsonl data/tiny/test_ood.jsonl     # Pearson's r and RMSE of each
+"""
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from data.tiny.prepare import SKILLS, STEPS, TONES, TRAINING
+from eval import METRICS
+
+RATINGS = np.arange(1, 6)
+
+
+def quality(right: int, tone: int) -> float:
+    return 1 + 4 * (TRAINING.weight * right / len(STEPS) + (1 - TRAINING.weight) * tone / 4)
+
+
+def rating_probs(right: int, tone: int) -> np.ndarray:
+    """p(rating | right claims, tone), (5,): a normal around the quality in bins, and the shy rater's 3."""
+    edges = [-math.inf, 1.5, 2.5, 3.5, 4.5, math.inf]
+    below = np.array([0.5 * (1 + math.erf((edge - quality(right, tone)) / (0.7 * math.sqrt(2)))) for edge in edges])
+    return TRAINING.shy * (RATINGS == 3) + (1 - TRAINING.shy) * np.diff(below)
+
+
+def right_probs() -> np.ndarray:
+    """p(number of right claims), (5,): a binomial for each skill, all equally likely."""
+    n, counts = len(STEPS), range(len(STEPS) + 1)
+    return np.array([np.mean([math.comb(n, r) * s**r * (1 - s) ** (n - r) for s in SKILLS]) for r in counts])
+
+
+# p(verdict | rating), rows are ratings: the rating with .65, else one off
+LEAK = np.array(
+    [[0.65 if v == y else (0.35 / (1 if y in (1, 5) else 2)) * (abs(v - y) == 1) for v in RATINGS] for y in RATINGS]
+)
+
+
+def predict(record: dict, *, real: bool = False) -> dict[str, float]:
+    """The predictions of the ideal judges for a record of the task; `real` for targets half-way to the consensus."""
+    tone = next(t for t, word in enumerate(TONES) if f"Response : {word} ." in record["prompt"])
+    right = record["cot"].count(" right")
+
+    def expected(probs: np.ndarray, right: int) -> float:
+        rating = float(probs @ RATINGS)
+        return (rating + quality(right, tone)) / 2 if real else rating
+
+    by_right = [rating_probs(r, tone) for r in range(len(STEPS) + 1)]
+    verdict_probs = right_probs() @ np.array(by_right) @ LEAK
+    verdict = random.Random(record["id"]).choices(range(5), verdict_probs)[0]
+    posterior = by_right[right] * LEAK[:, verdict]
+    return {
+        "no-cot": float(right_probs() @ [expected(probs, r) for r, probs in enumerate(by_right)]),
+        "one-stage": expected(posterior / posterior.sum(), right),
+        "two-stage": expected(by_right[right], right),
+    }
+
+
+def metrics(path: str | Path, *, real: bool = False) -> dict[str, dict[str, float]]:
+    """Pearson's r and RMSE of each ideal judge on a file of the task."""
+    rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+    true = np.array([row["score"] for row in rows], dtype=float)
+    predicted = [predict(row, real=real) for row in rows]
+    columns = {name: np.array([p[name] for p in predicted]) for name in predicted[0]}
+    return {name: {m: METRICS[m](column, true) for m in ("pearson", "rmse")} for name, column in columns.items()}
+
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        for name, values in metrics(path, real="_real" in path).items():
+            print(f"{path}  {name:10} r {values['pearson']:.3f}  RMSE {values['rmse']:.3f}")
