@@ -41,7 +41,7 @@ PAPER = dict(
 )  # fmt: skip
 EMBEDDED = dict(
     data=str(records.ROOT / "data/tiny/train.jsonl"),
-    lr=2e-3, epochs=4, batch_size=16, accumulation=1, warmup=0.05, weight_decay=0.01, gradient_checkpointing=False,
+    lr=1e-3, epochs=4, batch_size=16, accumulation=1, warmup=0.05, weight_decay=0.01, gradient_checkpointing=False,
 )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from data.tiny import ideal  # noqa: E402
 from records import Fault, InputError  # noqa: E402
 
 MODEL = "data/tiny/seed"
-MAIN = ["seed", "ce-no-cot", "raft", "ce", "a1", "a2", "a4", "tract"]
+MAIN = ["seed", "ce-no-cot", "raft", "raft-pure", "ce", "a1", "a2", "a4", "tract"]
 LAMBDAS = ["0.1", "0.3", "3", "10"]  # 1 is in the main rows
 SWEEPS = [f"lambda-{v}{stage}" for v in LAMBDAS for stage in ("-a1", "")]
 SWEEPS += ["mask-score", "cots-2", "cots-4", "few-ce", "few-tract"]
@@ -97,7 +97,8 @@ def plan(folder: str, seed: int, *, flags: str, num_cots: int, split: str) -> Pl
     ours = data()
     predict("seed", MODEL, on=ratings, n=num_cots)
     predict("ce-no-cot", train("ce-no-cot", ours, "--no-cot --lambda 0"), "--no-cot", on=ratings)
-    predict("raft", train("raft", ours, "--no-cot --ce-weight 0"), "--no-cot", on=ratings)
+    predict("raft", train("raft", ours, "--no-cot"), "--no-cot", on=ratings)
+    predict("raft-pure", train("raft-pure", ours, "--no-cot --ce-weight 0"), "--no-cot", on=ratings)
     p_ce = train("ce", ours, "--lambda 0")
     p_s = train("a1", ours)
     p_s_cots = cots("a1.cots.jsonl", p_s, ours)
@@ -126,12 +127,12 @@ def plan(folder: str, seed: int, *, flags: str, num_cots: int, split: str) -> Pl
     for row, own in (("few-ce", "--lambda 0"), ("few-tract", "")):
         two_stages(row, data(f"--size {FEW}", f"{folder}/few"), f"--epochs {epochs(flags) * 2} {own}", on=ratings)
 
-    # Where does the squared error pay? Grids coarser than the targets
+    # Where does the squared error pay? Grids coarser than the targets. All train on the same CoTs, those of p_s.
     for row in SCALE:
         targets, tokens, loss = row.split("-")
-        two_stages(
-            row, data(f"--targets {targets}"), f"--grid {','.join(tokens)}{' --lambda 0' if loss == 'ce' else ''}", on=real
-        )
+        own = f"--grid {','.join(tokens)}{' --lambda 0' if loss == 'ce' else ''}"
+        self_generated = cots(f"{targets}.cots.jsonl", p_s, data(f"--targets {targets}"))
+        predict(row, train(row, self_generated, own, stage=2), on=real)
     return Plan(commands, predictions)
 
 

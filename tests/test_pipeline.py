@@ -140,8 +140,8 @@ def test_help_shows_defaults(script, run_script, capsys):
 @pytest.mark.parametrize(
     "model, lr, data",
     [
-        ([], "0.002", "tiny/train.jsonl"),
-        (["--model", "data/tiny/seed"], "0.002", "tiny/train.jsonl"),
+        ([], "0.001", "tiny/train.jsonl"),
+        (["--model", "data/tiny/seed"], "0.001", "tiny/train.jsonl"),
         (["--model", "mistral-7b"], "1e-05", "feedback_collection/train.jsonl"),
     ],
 )
