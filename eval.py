@@ -1,6 +1,7 @@
 """Compare predictions with true scores: metrics with bootstrap intervals, paired differences, a figure. No torch here.
 
     python eval.py out/run/predictions.jsonl [more.jsonl ...] --out out/run/eval
+    python eval.py --logs out/run/stage1/log.jsonl out/run/stage2/log.jsonl --out out/run/eval
 
 Writes metrics.json and figure.png to --out and prints a table. Every metric is given for the prediction (CoT-RAIL) and for
 the decoded score. Several files are compared on the records they share: the difference of each to the first, with an
@@ -133,6 +134,29 @@ def draw(files: dict[str, list[dict]], grids: dict[str, Grid], report: dict, pat
     plt.close(figure)
 
 
+def draw_logs(logs: list[str], path: Path) -> None:
+    """RMSE on held-out prompts while training: on the CoTs of the data, and on those the model writes itself."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(logs), figsize=(4.2 * len(logs), 3.4), squeeze=False, sharey=True, layout="constrained")
+    for log, axis in zip(logs, axes[0], strict=True):
+        if not Path(log).is_file():
+            raise InputError(f"{log}: no such file; give the log.jsonl in a folder of a training stage")
+        lines = [json.loads(line) for line in Path(log).read_text("utf-8").splitlines()]
+        for key, style, label in (("held_out", "o-", "CoTs it was trained on"), ("own_cots", "s--", "its own CoTs")):
+            points = [(line["step"], line[key]["rmse"]) for line in lines if line.get(key)]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, label=label)
+        axis.set(title=log, xlabel="step", ylabel="RMSE, held-out prompts", ylim=(0, None))
+        axis.title.set_fontsize(8)
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def compare(files: dict[str, list[dict]], grids: dict[str, Grid], *, resamples: int, seed: int) -> dict:
     """All metrics of all files, on the records that have a score and are in every file; the first file is the reference.
 
@@ -212,7 +236,13 @@ def main() -> None:
     parser.add_argument("--resamples", type=records.COUNT, default=1000, help="bootstrap resamples of the records")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the bootstrap")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation at --out")
+    parser.add_argument("--logs", nargs="+", help="draw the held-out RMSE in these log.jsonl of training stages, and no more")
     args = parser.parse_args()
+    if args.logs:
+        args.out.mkdir(parents=True, exist_ok=True)
+        draw_logs(args.logs, args.out / "training.png")
+        print(f"{args.out}/training.png")
+        return
     records.choose_out(args.out / "metrics.json", args.overwrite)
     if len(set(args.predictions)) < len(args.predictions):
         raise InputError("the same prediction file is given twice; give each once")

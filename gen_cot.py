@@ -27,8 +27,8 @@ from transformers import DynamicCache
 
 import records
 from loss import Rail, rail
-from records import SUFFIX, Fault, Grid, InputError, ScoreTokens
-from stage1_train import device, has_bf16, head, load_model, load_tokenizer
+from models import device, has_bf16, head, load_model, load_tokenizer
+from records import Fault, Grid, InputError, ScoreTokens
 
 
 class Sampling(NamedTuple):
@@ -187,11 +187,11 @@ def read_scores(model, written: Written, wanted: list[list[int]], *, score_ids: 
     return rail(logits, score_ids=score_ids, score_values=score_values)
 
 
-def read_cot(tokenizer, ids: list[int]) -> tuple[str, bool]:
+def read_cot(tokenizer, ids: list[int], suffix: str) -> tuple[str, bool]:
     """The text of a generated CoT up to the suffix, and whether the suffix was reached."""
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    cot, suffix, _ = text.partition(SUFFIX.strip())
-    return cot.strip(), bool(suffix)
+    cot, found, _ = text.partition(suffix.strip())
+    return cot.strip(), bool(found)
 
 
 @torch.inference_mode()
@@ -225,7 +225,7 @@ def judge(
     for written in decode(model, prompts, names, sampling=sampling, suffix_ids=tokens.suffix_ids, end_ids=sorted(ends)):
         for row, ids in zip(written.rows, written.ids, strict=True):
             own, k = judged[row // n], row % n
-            own.cots[k], own.finished[k] = (given[row // n][k], True) if given else read_cot(tokenizer, ids)
+            own.cots[k], own.finished[k] = (given[row // n][k], True) if given else read_cot(tokenizer, ids, grid.suffix)
             own.tokens[k] = len(ids)
         if with_scores:
             pairs = [(batch[row // n]["prompt"], judged[row // n].cots[row % n]) for row in written.rows]
@@ -289,6 +289,7 @@ def judge_file(
     need: tuple[str, ...],
     sampling: Sampling,
     grid: str | None,
+    suffix: str | None,
     batch_size: int,
     max_length: int,
     seed: int,
@@ -307,11 +308,16 @@ def judge_file(
     started = time.time()
     if records.read_run(model).get("no_cot") and sampling.max_new_tokens:
         raise InputError(f"{model}: was trained without CoTs and can't write any; use it with predict.py --no-cot")
-    grid = records.choose_grid(grid, model)
+    grid = records.choose_grid(grid, suffix, model)
     all_records = records.read_records(data, grid=grid, need=need)
     tokenizer = load_tokenizer(model)
     tokens = records.score_tokens(tokenizer, grid)
-    settings = records.model_settings(model) | {"data": data, "sha256": records.sha256(data), "grid": str(grid)}
+    settings = records.model_settings(model) | {
+        "data": data,
+        "sha256": records.sha256(data),
+        "grid": str(grid),
+        "suffix": grid.suffix,
+    }
     given_cots = {r["id"]: r["cots"] if given == "cots" else [r["cot"]] for r in all_records} if given else {}
     if given:
         sampling = sampling._replace(num_cots=len(given_cots[all_records[0]["id"]]), max_new_tokens=0)

@@ -5,6 +5,8 @@ One JSON object a line, the same fields through all stages, each stage adding it
     id            str, unique in its file
     prompt        str, the whole formatted judge prompt
     cot           str, the annotated chain of thought (without a score)
+    instruction, response, rubric, reference (optional)
+                  in place of a whole prompt: it is then rendered with the Prometheus template
     score         number inside the range of the score grid; 3.67, a mean of three annotators, is as good as 4
     cots          list of str, self-generated CoTs (gen_cot.py, predict.py)
     finished      list of bool, one a CoT: did it reach the suffix by itself?
@@ -13,7 +15,7 @@ One JSON object a line, the same fields through all stages, each stage adding it
     prediction    float, CoT-RAIL: the expected score, averaged over the CoTs
     decoded       float, the most likely score, averaged over the CoTs
 
-The target text of a record is its CoT, then SUFFIX, then the grid token nearest to its score, then end of sequence.
+The target text of a record is its CoT, then the suffix, then the grid token nearest to its score, then end of sequence.
 """
 
 import argparse
@@ -32,7 +34,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-SUFFIX = " So the overall score is "
+SUFFIX = " So the overall score is "  # between CoT and score, unless --suffix says otherwise
 IGNORE = -100  # label of a token that carries no loss
 PLACEHOLDER = "§PROMPT§"  # stands for the prompt where a chat template is tokenised around it
 ROOT = Path(__file__).resolve().parent
@@ -46,6 +48,26 @@ MODELS = {  # what `--model NAME` stands for; any other name is a folder or a hu
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
+
+PROMPT = """###Task Description:
+An instruction (might include an Input inside it), {given} a score rubric representing a evaluation criteria are given.
+1. Write a detailed feedback that assess the quality of the response strictly based on the given score rubric, not evaluating \
+in general.
+2. After writing a feedback, write a score that is an integer between 1 and 5. You should refer to the score rubric.
+3. The output format should look as follows: "Feedback: (write a feedback for criteria) [RESULT] (an integer number between \
+1 and 5)"
+4. Please do not generate any other opening, closing, and explanations.
+
+###The instruction to evaluate:
+{instruction}
+
+###Response to evaluate:
+{response}
+
+{reference}###Score Rubrics:
+{rubric}
+
+###Feedback:"""
 
 
 class InputError(Exception):
@@ -85,17 +107,21 @@ def run(main: Callable[[], None]) -> None:
 
 
 class Grid(NamedTuple):
-    """The scores that are single tokens: `tokens[i]` is written in the text and is worth `values[i]`, ascending."""
+    """The scores that are single tokens: `tokens[i]` is written in the text and is worth `values[i]`, ascending.
+
+    `suffix` stands between CoT and score, with the spaces around it.
+    """
 
     tokens: tuple[str, ...] = ("1", "2", "3", "4", "5")
     values: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0)
+    suffix: str = SUFFIX
 
     @classmethod
-    def parse(cls, text: str) -> "Grid":
+    def parse(cls, text: str, suffix: str = SUFFIX) -> "Grid":
         """Read `1,2,3,4,5` or `1=0,3=50,5=100` (token=value).
 
         >>> Grid.parse("1=0,3=50,5=100")
-        Grid(tokens=('1', '3', '5'), values=(0.0, 50.0, 100.0))
+        Grid(tokens=('1', '3', '5'), values=(0.0, 50.0, 100.0), suffix=' So the overall score is ')
         """
         pairs = [(token.strip(), value.strip()) for token, _, value in (p.partition("=") for p in text.split(","))]
         try:
@@ -106,7 +132,7 @@ class Grid(NamedTuple):
         ascending = all(a < b for a, b in itertools.pairwise(values))
         if len(tokens) < 2 or len(set(tokens)) < len(tokens) or not ascending or not all(map(math.isfinite, values)):
             raise InputError(f"--grid {text}: give at least two different scores in ascending order")
-        return cls(tokens, values)
+        return cls(tokens, values, f" {suffix.strip()} ")
 
     def __str__(self) -> str:
         return ",".join(f"{t}={v:.12g}" for t, v in zip(self.tokens, self.values, strict=True))
@@ -174,7 +200,10 @@ def check_record(record: dict, grid: Grid, need: Iterable[str]) -> str | None:
     """What is wrong with `record`, in one phrase with its remedy, or None. Checks `need` and whatever else is there."""
     for field in need:
         if record.get(field) is None:
-            hint = "; only gen_cot.py adds self-generated CoTs" if field == "cots" else ""
+            hint = {
+                "cots": "; only gen_cot.py adds self-generated CoTs",
+                "prompt": "; give it whole, or as instruction, response and rubric",
+            }.get(field, "")
             return f"field '{field}' is missing; this stage needs {', '.join(need)}{hint}"
     for field in ("id", "prompt", "cot"):
         text = record.get(field)
@@ -184,8 +213,8 @@ def check_record(record: dict, grid: Grid, need: Iterable[str]) -> str | None:
             return f"field '{field}' is {json.dumps(text)[:40]}, not a string; write it as one"
         if not text.strip():
             return f"field '{field}' is empty; fill it in or leave the record out"
-    if SUFFIX.strip() in (record.get("cot") or ""):
-        return f"field 'cot' holds '{SUFFIX.strip()}'; end the CoT before it, the score is added from 'score'"
+    if grid.suffix.strip() in (record.get("cot") or ""):
+        return f"field 'cot' holds '{grid.suffix.strip()}'; end the CoT before it, the score is added from 'score'"
     for field in ("score", "prediction", "decoded"):
         number = record.get(field)
         if number is not None and not _is_number(number):
@@ -208,8 +237,35 @@ def check_record(record: dict, grid: Grid, need: Iterable[str]) -> str | None:
     return None
 
 
+def render_prompt(record: dict) -> str:
+    """The Prometheus prompt of a record with `instruction`, `response`, `rubric` and, if there is one, `reference`.
+
+    `rubric` is a text, or an object with `criteria` and a description a score: {"criteria": "...", "1": "...", "5": "..."}.
+    The wording is prometheus-eval's (Apache-2.0), for judges know it by heart; raises ValueError where a field is no text.
+    """
+    rubric, reference = record["rubric"], record.get("reference")
+    if isinstance(rubric, dict) and "criteria" in rubric:
+        scores = [f"Score {score}: {text}" for score, text in rubric.items() if score != "criteria"]
+        rubric = "\n".join([f"[{rubric['criteria']}]", *scores])
+    texts = {"instruction": record["instruction"], "response": record["response"], "rubric": rubric}
+    texts |= {"reference": reference} if reference is not None else {}
+    if empty := [name for name, text in texts.items() if not isinstance(text, str) or not text.strip()]:
+        raise ValueError(f"field '{empty[0]}' is no text; write one")
+    return PROMPT.format(
+        given="a response to evaluate, a reference answer that gets a score of 5, and"
+        if reference
+        else "a response to evaluate, and",
+        instruction=texts["instruction"],
+        response=texts["response"],
+        reference=f"###Reference Answer (Score 5):\n{reference}\n\n" if reference else "",
+        rubric=rubric,
+    )
+
+
 def read_records(path: str | Path, *, grid: Grid, need: Iterable[str] = ("id", "prompt")) -> list[dict]:
     """Read a JSONL file of records, every line checked; unknown fields are kept.
+
+    A record without id gets the number of its line, one without prompt the rendered one, if it has what that takes.
 
     Raises InputError, `path:line: what is wrong and what to do`, at the first bad line; also for an empty file.
     """
@@ -220,8 +276,14 @@ def read_records(path: str | Path, *, grid: Grid, need: Iterable[str] = ("id", "
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            record = parse_line(line, f"{path}:{number}")
-            wrong = check_record(record, grid, need)
+            record = {"id": str(number)} | parse_line(line, f"{path}:{number}")
+            wrong = None
+            if "prompt" not in record and {"instruction", "response", "rubric"} <= record.keys():
+                try:
+                    record["prompt"] = render_prompt(record)
+                except ValueError as error:
+                    wrong = str(error)
+            wrong = wrong or check_record(record, grid, need)
             if wrong is None and record["id"] in first_seen:
                 wrong = f"id {record['id']!r} was already used in line {first_seen[record['id']]}; ids must be unique"
             if wrong:
@@ -266,7 +328,7 @@ def clean_cot(feedback: str) -> str:
 
 
 class ScoreTokens(NamedTuple):
-    suffix_ids: list[int]  # what SUFFIX becomes after a CoT, up to where the scores part
+    suffix_ids: list[int]  # what the suffix becomes after a CoT, up to where the scores part
     score_ids: list[int]  # one token id a grid point
 
 
@@ -287,7 +349,8 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
         if not tokenizer.chat_template:
             return prompt.rstrip() + "\n"
         messages = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # Llama-3's templates write a date: one that changed between training and prediction would change every prompt
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
 
     if any(token in prompt for token in tokenizer.all_special_tokens):
         # Only the template may write control tokens: tokenise what it puts before and after the prompt on its own
@@ -303,26 +366,26 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
     return ids
 
 
-def target_ids(tokenizer, cot: str, score_token: str) -> list[int]:
-    """CoT, SUFFIX and score as one text (no end of sequence): tokenised apart from the prompt, so that no token can
+def target_ids(tokenizer, cot: str, score_token: str, suffix: str = SUFFIX) -> list[int]:
+    """CoT, suffix and score as one text (no end of sequence): tokenised apart from the prompt, so that no token can
     straddle the border and the prompt is the same in training and in generation. The score is the last token."""
-    return text_ids(tokenizer, (cot.strip() + SUFFIX + score_token).lstrip())
+    return text_ids(tokenizer, (cot.strip() + suffix + score_token).lstrip())
 
 
 def prefix_ids(tokenizer, prompt: str, cot: str, grid: Grid) -> list[int]:
-    """Everything up to the position that predicts the score: prompt, CoT and SUFFIX. `cot` is "" without CoT."""
-    return prompt_ids(tokenizer, prompt) + target_ids(tokenizer, cot, grid.tokens[0])[:-1]
+    """Everything up to the position that predicts the score: prompt, CoT and suffix. `cot` is "" without CoT."""
+    return prompt_ids(tokenizer, prompt) + target_ids(tokenizer, cot, grid.tokens[0], grid.suffix)[:-1]
 
 
 def score_tokens(tokenizer, grid: Grid) -> ScoreTokens:
-    """Derive the score tokens in context: tokenise a CoT and SUFFIX with each score and find where they part.
+    """Derive the score tokens in context: tokenise a CoT and the suffix with each score and find where they part.
 
     So it holds where the space melts into the digit (GPT-2: " 4") as well as where it is a token of its own (Mistral,
     Llama-3). Raises InputError where two scores do not differ in exactly one token, or without end of sequence.
     """
     name = Path(tokenizer.name_or_path or "tokenizer").name
     context = "The answer is good."
-    targets = [target_ids(tokenizer, context, token) for token in grid.tokens]
+    targets = [target_ids(tokenizer, context, token, grid.suffix) for token in grid.tokens]
     prefix = targets[0][:-1]
     for token, ids in zip(grid.tokens, targets, strict=True):
         first = (token, ids) == (grid.tokens[0], targets[0])
@@ -349,7 +412,7 @@ class Example(NamedTuple):
 
 
 def encode(tokenizer, record: dict, *, grid: Grid, score_ids: list[int], no_cot: bool = False) -> Example:
-    """Prompt (no loss), CoT, SUFFIX, score token and end of sequence of one record with `prompt`, `cot`, `score`.
+    """Prompt (no loss), CoT, suffix, score token and end of sequence of one record with `prompt`, `cot`, `score`.
 
     Without CoT the suffix is always given, never predicted, so only the score and the end of sequence carry loss.
     A record whose score is None ends before its score: text to pretrain a score-free seed model on.
@@ -358,10 +421,10 @@ def encode(tokenizer, record: dict, *, grid: Grid, score_ids: list[int], no_cot:
     prompt = prompt_ids(tokenizer, record["prompt"])
     cot = "" if no_cot else record["cot"]
     if record["score"] is None:
-        target = target_ids(tokenizer, cot, grid.tokens[0])[:-1]
+        target = target_ids(tokenizer, cot, grid.tokens[0], grid.suffix)[:-1]
         return Example(record["id"], prompt + target, [IGNORE] * len(prompt) + target, None, None)
     point = grid.nearest(record["score"])
-    target = target_ids(tokenizer, cot, grid.tokens[point])
+    target = target_ids(tokenizer, cot, grid.tokens[point], grid.suffix)
     if target[-1] != score_ids[point]:
         raise InputError(f"record {record['id']!r}: its score became token {target[-1]}, not {score_ids[point]}")
     ids = prompt + target + [tokenizer.eos_token_id]
@@ -443,12 +506,16 @@ def read_run(model: str) -> dict:
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
-def choose_grid(asked: str | None, model: str) -> Grid:
-    """The grid of `--grid`, else the one that travels with the checkpoint, else 1,2,3,4,5; they may not disagree."""
-    carried = read_run(model).get("grid")
-    if asked and carried and Grid.parse(asked) != Grid.parse(carried):
-        raise InputError(f"--grid {asked}: {model} was trained on {carried}; leave --grid away")
-    return Grid.parse(asked or carried) if asked or carried else Grid()
+def choose_grid(asked: str | None, suffix: str | None, model: str) -> Grid:
+    """The grid and suffix asked for, else those that travel with the checkpoint, else the defaults; they may not disagree."""
+    run = read_run(model)
+    carried = Grid.parse(run["grid"], run.get("suffix", SUFFIX)) if "grid" in run else None
+    default = carried or Grid()
+    grid = Grid.parse(asked or str(default), suffix or default.suffix)
+    if carried and grid != carried:
+        given = " and ".join(name for name, value in (("--grid", asked), ("--suffix", suffix)) if value)
+        raise InputError(f"{given}: {model} was trained on {carried} after '{carried.suffix.strip()}'; leave {given} away")
+    return grid
 
 
 def lock(path: Path) -> IO:
@@ -509,6 +576,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "--grid",
         help="scores as tokens, 1,2,3,4,5, or token=value pairs, 1=0,3=50,5=100; None: the checkpoint's, else 1,2,3,4,5",
     )
+    group.add_argument("--suffix", help="words between CoT and score; None: the checkpoint's, else 'So the overall score is'")
     group.add_argument(
         "--max-length", type=COUNT, default=3000, help="tokens; longer records are left out and counted, never cut"
     )

@@ -4,8 +4,9 @@
     python stage1_train.py --model mistral-7b                # Mistral-7B-Instruct-v0.2 on Feedback Collection
     python stage1_train.py --model SEED --data train.jsonl --out out/run/stage1
 
-Writes an ordinary Hugging Face checkpoint to --out, with log.jsonl (a line a step) and, last, run.json. Until then the
-folder is called OUT.part. The defaults shown below are those of the --model given; without one, of the embedded task.
+Writes an ordinary Hugging Face checkpoint to --out, or with LoRA (the 7B and 8B models) an ordinary PEFT adapter, with
+log.jsonl (a line a step) and, last, run.json. Until then the folder is called OUT.part. The defaults shown below are those of
+the --model given; without one, of the embedded task. With --dry-run it says what it would do and loads no weights.
 """
 
 import argparse
@@ -13,9 +14,9 @@ import hashlib
 import json
 import math
 import os
-import resource
 import shutil
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -26,12 +27,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
-from transformers.utils import logging as transformers_logging
+from transformers import get_cosine_schedule_with_warmup
 
+import models
 import records
+from gen_cot import Sampling, judge
 from loss import Loss, cot_raft_loss, rail
-from records import IGNORE, TINY_SEED, Example, Fault, InputError
+from models import Lora, device, has_bf16, head, load_tokenizer
+from records import IGNORE, TINY_SEED, Example, Fault, Grid, InputError
 
 # The paper's settings (arXiv 2503.04381, appendix, with LLaMA-Factory's defaults where it is silent) and those of the
 # embedded task, where a model of 0.4 M parameters has to learn from 1,500 records.
@@ -43,62 +46,7 @@ EMBEDDED = dict(
     data=str(records.ROOT / "data/tiny/train.jsonl"),
     lr=1e-3, epochs=4, batch_size=16, accumulation=1, warmup=0.05, weight_decay=0.01, gradient_checkpointing=False,
 )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------ loading the model
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def has_bf16() -> bool:
-    """bf16 where the hardware computes in it; on a CPU it is mostly slower, so fp32 there."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-
-
-def peak_memory() -> int:
-    """Bytes: of the device where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def load_tokenizer(name: str):
-    """Tokenizer of an alias, a checkpoint folder or a hub id. Raises InputError where there is none."""
-    name = records.MODELS.get(name, name)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise InputError(f"{name}: a folder, but no checkpoint (no config.json in it); give the --out of a training stage")
-    transformers_logging.set_verbosity_error()  # its tracebacks and hints would bury our one line
-    transformers_logging.disable_progress_bar()
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{name}: neither a checkpoint folder nor a model that can be had from the hub; known names are "
-            f"{', '.join(records.MODELS)} ({str(error).splitlines()[0][:120]})"
-        ) from None
-
-
-def load_model(name: str, *, dtype: torch.dtype):
-    """Causal language model of an alias, a checkpoint folder or a hub id, on the device, in eval mode."""
-    name = records.MODELS.get(name, name)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device()).eval()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: its weights can't be loaded ({str(error).splitlines()[0][:160]})") from None
-    # The loss applies the head to supervised rows alone; that is the whole model only if nothing comes after the head.
-    ids = torch.arange(3, device=device())[None]
-    with torch.no_grad():
-        if not torch.allclose(head(model, model.get_decoder()(ids).last_hidden_state), model(ids).logits, rtol=1e-2, atol=1e-2):
-            raise InputError(
-                f"{name}: scales or caps its logits after the head, which this code does not follow; choose another"
-            )
-    return model
-
-
-def head(model, hidden: Tensor) -> Tensor:
-    return model.get_output_embeddings()(hidden)  # (..., D) → (..., V)
+LORA_BY_DEFAULT = ("mistral-7b", "llama-3.1-8b", "prometheus-2-7b")
 
 
 # ------------------------------------------------------------------------------------------------------ the batches
@@ -150,13 +98,24 @@ def windows(lengths: list[int], size: int, seed: int) -> list[list[int]]:
 
 # --------------------------------------------------------------------------------------------------------- the loop
 
+LESS_MEMORY = (
+    "lower --batch-size and raise --accumulation by the same factor (the result stays the same), lower --max-length, "
+    "use --gradient-checkpointing, or --lora in place of --full"
+)
+
+
+def computing(bf16: bool) -> torch.autocast:
+    """Matrix products in bf16. No weight is used twice in a pass, so there is nothing to win from keeping its bf16 copy."""
+    return torch.autocast(device().type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+
 
 def make_optimiser(model, *, lr: float, warmup: float, weight_decay: float, steps: int):
     """AdamW and its schedule: a linear warm-up over the share `warmup` of the steps, then a cosine down to 0."""
     decay = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]  # norms and biases are not decayed
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999))
+    # On a GPU the unfused one would hold another copy of all that is trained
+    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=torch.cuda.is_available() or None)
     return optimiser, get_cosine_schedule_with_warmup(optimiser, round(warmup * steps), steps)
 
 
@@ -191,11 +150,20 @@ def train(
             parts = []
             for i in range(0, len(window), batch_size):
                 batch = collate(window[i : i + batch_size], pad_id)
-                with torch.autocast(device().type, torch.bfloat16, enabled=bf16):
-                    logits = supervised_logits(model, batch)
-                micro = {key: batch[key] for key in ("targets", "is_score", "true_scores")}
-                part = loss(logits, **micro, n_tokens=n_tokens, n_sequences=n_sequences)
-                part.total.backward()
+                try:
+                    with computing(bf16):
+                        logits = supervised_logits(model, batch)
+                    micro = {key: batch[key] for key in ("targets", "is_score", "true_scores")}
+                    part = loss(logits, **micro, n_tokens=n_tokens, n_sequences=n_sequences)
+                    part.total.backward()
+                except RuntimeError as error:  # torch.OutOfMemoryError is one; on a CPU there is only its text
+                    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                        raise
+                    size, length = batch["input_ids"].shape
+                    raise Fault(
+                        f"out of memory in step {step}, on {size} x {length} tokens (sequences x the longest), "
+                        f"{len(batch['targets'])} of them supervised; {LESS_MEMORY}"
+                    ) from None
                 parts.append(torch.stack([part.total.detach(), part.ce, part.squared_error]))
 
             grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
@@ -229,19 +197,41 @@ def evaluate(
     nll, n_tokens, predicted, true = 0.0, 0, [], []
     for i in range(0, len(examples), batch_size):
         batch = collate(examples[i : i + batch_size], pad_id)
-        with torch.autocast(device().type, torch.bfloat16, enabled=bf16):
+        with computing(bf16):
             logits = supervised_logits(model, batch)
         nll += float(torch.nn.functional.cross_entropy(logits.float(), batch["targets"], reduction="sum"))
         n_tokens += len(batch["targets"])
         predicted += rail(logits[batch["is_score"]], score_ids=score_ids, score_values=score_values).expected.tolist()
         true += batch["true_scores"].tolist()
     model.train(was_training)
+    return {"ce": nll / n_tokens} | agreement(predicted, true)
+
+
+def evaluate_on_own_cots(
+    model, tokenizer, held: list[dict], *, grid: Grid, max_new_tokens: int, batch_size: int, seed: int, bf16: bool
+) -> dict:
+    """The metrics that count: on CoTs that the model writes itself, as it will have to in prediction."""
+    was_training = model.training
+    model.eval()
+    judged = []
+    for i in range(0, len(held), batch_size):
+        with computing(bf16):
+            judged += judge(
+                model, tokenizer, held[i : i + batch_size], sampling=Sampling(max_new_tokens=max_new_tokens),
+                grid=grid, tokens=records.score_tokens(tokenizer, grid), seed=seed, with_scores=True,
+            )  # fmt: skip
+    model.train(was_training)
+    unfinished = sum(not judgement.finished[0] for judgement in judged)
+    predicted = [judgement.scores[0].expected for judgement in judged]
+    return agreement(predicted, [record["score"] for record in held]) | {"unfinished": unfinished}
+
+
+def agreement(predicted: list[float], true: list[float]) -> dict:
     both = torch.tensor([predicted, true], dtype=torch.float64)
     squared_error = float((both[0] - both[1]).square().mean())
     pearson = float(torch.corrcoef(both)[0, 1]) if len(true) > 1 else math.nan
     return {
         "n": len(true),
-        "ce": nll / n_tokens,
         "squared_error": squared_error,
         "rmse": math.sqrt(squared_error),
         "pearson": pearson if math.isfinite(pearson) else None,  # undefined where the prediction is constant
@@ -338,6 +328,28 @@ def make_examples(
     return [e for e in training if e.id not in too_long], [e for e in validation if e.id not in too_long], too_long
 
 
+def show(tokenizer, examples: list[Example], tokens: records.ScoreTokens, *, max_length: int, score_in_ce: bool) -> None:
+    """What the model will be trained on: how long the sequences are, and one of them with its loss mask."""
+
+    def spread(numbers: list[int]) -> str:
+        return f"{min(numbers)} to {max(numbers)}, median {statistics.median(numbers):.0f}"
+
+    starts = [next(t for t, label in enumerate(e.labels) if label != IGNORE) for e in examples]
+    print(f"tokens a sequence: {spread([len(e.ids) for e in examples])} (--max-length {max_length})")
+    print(f"tokens with loss:  {spread([len(e.ids) - start for e, start in zip(examples, starts, strict=True)])}")
+    example, start = examples[0], starts[0]
+    score = example.score_position
+    print(f"\nrecord {example.id}, {start} tokens without loss:\n{tokenizer.decode(example.ids[:start])}")
+    if start < score:
+        print(f"\n{score - start} tokens with CE:\n{tokenizer.decode(example.ids[start:score])}")
+    print(
+        f"\ntoken {score}, {'with' if score_in_ce else 'without'} CE: {tokenizer.decode([example.ids[score]])!r} "
+        f"(id {example.ids[score]}). The squared error to {example.score:g} is read here, "
+        f"from the probabilities of ids {' '.join(map(str, tokens.score_ids))}"
+    )
+    print(f"\nlast token, with CE: {tokenizer.decode([example.ids[-1]])!r} (id {example.ids[-1]})\n")
+
+
 def fit(
     all_records: list[dict],
     *,
@@ -347,10 +359,16 @@ def fit(
     data: str,
     out: Path,
     overwrite: bool,
-    grid: records.Grid,
+    grid: Grid,
     no_cot: bool,
     max_length: int,
     val_fraction: float,
+    eval_every: int | None,
+    eval_size: int,
+    full: bool,
+    lora_rank: int,
+    lora_alpha: int,
+    merge: bool,
     lam: float,
     ce_weight: float,
     mask_score: bool,
@@ -366,14 +384,15 @@ def fit(
     seed: int,
     save_every: int,
     max_bad_steps: int,
+    dry_run: bool,
     **facts,
 ) -> None:
     """Train `model` on every (record, CoT) pair and write the checkpoint to `out`. `facts` go into run.json as they are."""
     started = time.time()
     arguments = locals().copy()
-    for name in ("all_records", "cots_of", "facts", "started"):
+    for name in ("all_records", "cots_of", "facts", "started", "dry_run"):
         del arguments[name]
-    arguments["grid"] = str(grid)
+    arguments |= {"grid": str(grid), "suffix": grid.suffix}
     settings = {name: value for name, value in arguments.items() if name not in ("out", "overwrite", "save_every")}
     settings |= facts | records.model_settings(model) | {"sha256": records.sha256(data), "stage": stage}
     settings = json.loads(json.dumps(settings, default=str))
@@ -396,15 +415,39 @@ def fit(
         f"{len(training)} examples to train on, {len(validation)} held out, {counts['tokens']} tokens, "
         f"{supervised / counts['tokens']:.0%} of them supervised"
     )
-    if not tokenizer.chat_template:
-        print(f"{model}: no chat template; the prompt is given as it is, with a newline after it")
     if lam and (span := grid.values[-1] - grid.values[0]) != 4:
         print(f"note: on this grid --lambda {lam * 16 / span**2:g} weighs the squared error as {lam:g} does on 1 to 5")
+    held = [r for r in all_records if held_out(r["prompt"], val_fraction, seed) and r["id"] not in too_long][:eval_size]
+    longest_cot = max(sum(label != IGNORE for label in e.labels) for e in training)
+
+    # Epochs → steps
+    lengths, size = [len(e.ids) for e in training], batch_size * accumulation
+    plan = [[training[i] for i in window] for epoch in range(epochs) for window in windows(lengths, size, seed + epoch)]
+
+    # Will it fit?
+    lora = None if full else Lora(lora_rank, lora_alpha)
+    micro = [window[i : i + batch_size] for window in plan for i in range(0, len(window), batch_size)]
+    largest = max(micro, key=lambda batch: len(batch) * max(len(e.ids) for e in batch))
+    expected = models.expected_memory(
+        model, lora, sequences=len(largest), length=max(len(e.ids) for e in largest),
+        supervised=sum(label != IGNORE for e in largest for label in e.labels),
+        bf16=has_bf16(), gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
+    there = models.memory_there()
+    print(f"expected memory, an estimate: {expected}; {there / 2**30:.2f} GiB are free on {device()}")
+    if expected.total > there:
+        print(f"this will hardly fit: {LESS_MEMORY}")
+    if dry_run:
+        show(tokenizer, training, tokens, max_length=max_length, score_in_ce=not mask_score)
+        print(json.dumps(arguments, indent=1, default=str, ensure_ascii=False))
+        records.report(sorted(too_long), f"left out, longer than --max-length {max_length}")
+        print(f"{len(plan)} steps; nothing was loaded and nothing written")
+        return
 
     # A run that was cut off here goes on, if it was the same
     part = Path(f"{out}.part")
     part.mkdir(parents=True, exist_ok=True)
-    held = records.lock(part / "lock")
+    kept = records.lock(part / "lock")
     if overwrite:
         (part / "state.pt").unlink(missing_ok=True)
     if (part / "state.pt").is_file():
@@ -412,7 +455,7 @@ def fit(
     records.write_whole(part / "settings.json", json.dumps(settings))
 
     # Seed model → p_s (stage 1) or p_tract (stage 2)
-    network = load_model(model, dtype=torch.float32)  # at lr 1e-5, weights in bf16 would not move at all
+    network = models.load_for_training(model, lora)
     if gradient_checkpointing:
         # Two names of one method: transformers renamed it after 5.17
         checkpointing = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
@@ -425,10 +468,6 @@ def fit(
         cot_raft_loss, score_ids=score_ids, score_values=score_values,
         lam=lam, ce_weight=ce_weight, score_in_ce=not mask_score, ce_sum=ce_sum,
     )  # fmt: skip
-
-    # Epochs → steps
-    lengths, size = [len(e.ids) for e in training], batch_size * accumulation
-    plan = [[training[i] for i in window] for epoch in range(epochs) for window in windows(lengths, size, seed + epoch)]
     optimiser, schedule = make_optimiser(network, lr=lr, warmup=warmup, weight_decay=weight_decay, steps=len(plan))
 
     state = State(part, network, optimiser, schedule)
@@ -437,13 +476,19 @@ def fit(
         network, optimiser, schedule, plan, loss=loss, score_in_ce=not mask_score, pad_id=pad_id, clip=clip,
         batch_size=batch_size, bf16=has_bf16(), label=f"stage {stage}", done=done,
     )  # fmt: skip
+    every = eval_every or len(plan) // epochs
     with stop, closing(lines), open(part / "log.jsonl", "a", encoding="utf-8", buffering=1) as log:
         for line in lines:
-            if validation and line["step"] % (len(plan) // epochs) == 0:
+            if validation and (line["step"] % every == 0 or line["step"] == len(plan)):
                 line["held_out"] = evaluate(
                     network, validation, score_ids=score_ids, score_values=score_values,
                     pad_id=pad_id, batch_size=batch_size, bf16=has_bf16(),
                 )  # fmt: skip
+                if held and not no_cot:
+                    line["own_cots"] = evaluate_on_own_cots(
+                        network, tokenizer, held, grid=grid, max_new_tokens=min(1024, 2 * longest_cot),
+                        batch_size=max(batch_size, 16), seed=seed, bf16=has_bf16(),
+                    )  # fmt: skip
             log.write(json.dumps(line) + "\n")
             bad_steps = 0 if line["taken"] else bad_steps + 1
             if line["step"] % save_every == 0 or bad_steps == max_bad_steps or stop.asked:
@@ -460,27 +505,83 @@ def fit(
     try:
         network.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        (part / "README.md").unlink(missing_ok=True)  # peft's model card, a form to fill in
+        peak = models.peak_memory()
+        if merge and lora:
+            models.merged(str(part)).save_pretrained(part / "merged")
+            tokenizer.save_pretrained(part / "merged")
     except SafetensorError as error:
         raise Fault(f"{part}: the checkpoint can't be written ({error}); {records.GO_ON}") from None
     log = [json.loads(line) for line in (part / "log.jsonl").read_text("utf-8").splitlines()]
-    metrics = log[-1].get("held_out")
+    metrics = {name: log[-1].get(name) for name in ("held_out", "own_cots")}
     records.write_run(
-        part / "run.json", arguments=arguments, inputs=[data], started=started, stage=stage, grid=str(grid), no_cot=no_cot,
+        part / "run.json", arguments=arguments, inputs=[data], started=started, stage=stage,
+        grid=str(grid), suffix=grid.suffix, no_cot=no_cot,
         counts=counts | {"trained": len(training), "held_out": len(validation), "too_long": len(too_long)},
-        held_out=metrics, last_step=log[-1], steps_not_taken=sum(not line["taken"] for line in log),
+        **metrics, last_step=log[-1], steps_not_taken=sum(not line["taken"] for line in log),
         resumed_after_step=done, tokens_per_second=round(sum(len(e.ids) for w in plan[done:] for e in w) / seconds),
-        peak_memory_bytes=peak_memory(), device=str(device()), bf16=has_bf16(), **facts,
+        expected_memory_bytes=expected._asdict(), peak_memory_bytes=peak, device=str(device()), bf16=has_bf16(), **facts,
     )  # fmt: skip
+    if merge and lora:
+        shutil.copy(part / "run.json", part / "merged/run.json")
     if out.exists():
         shutil.rmtree(out)
     part.rename(out)
     for leftover in ("state.pt", "settings.json", "lock"):
         (out / leftover).unlink(missing_ok=True)
-    held.close()
-    if metrics:
-        print("held out: " + "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
+    kept.close()
+    for name, values in metrics.items():
+        if values:
+            shown = (f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+            print(f"{ON[name]:24} {'  '.join(shown)}")
     records.report(sorted(too_long), f"left out, longer than --max-length {max_length}")
     print(f"{out}: stage {stage} done in {time.time() - started:.0f} s")
+
+
+ON = {"held_out": "held out, CoTs as given:", "own_cots": "held out, own CoTs:"}
+
+
+def fit_each(all_records: list[dict], *, lam: list[float], out: Path, overwrite: bool, dry_run: bool, **options) -> None:
+    """`fit` with each λ, where there are several: to OUT.lambda-λ, of which the best becomes OUT.
+
+    The best has the lowest RMSE on self-generated CoTs of held-out prompts (without CoT, on held-out prompts).
+    """
+    options |= {"overwrite": overwrite, "dry_run": dry_run}
+    if len(lam) == 1 or dry_run:
+        fit(all_records, lam=lam[0], out=out, **options)
+        return
+    records.choose_out(out, overwrite)
+    runs = {}
+    for value in lam:
+        own = Path(f"{out}.lambda-{value:g}")
+        if (run := records.read_run(str(own))) and not overwrite:
+            now = json.loads(json.dumps(options | {"grid": str(options["grid"])}, default=str))
+            before = run["arguments"] | {"overwrite": overwrite}
+            records.same_settings(own, *({k: of[k] for k in before if k in now} for of in (before, now)))
+        else:
+            fit(all_records, lam=value, out=own, **options)
+        runs[value] = records.read_run(str(own))
+    judged_on = "held_out" if options["no_cot"] else "own_cots"
+    if not all(run[judged_on] for run in runs.values()):
+        raise InputError(f"{out}: no prompt is held out to choose λ on; raise --val-fraction")
+    print(f"\n{'λ':>6}  {'RMSE, own CoTs':>14}  {'r':>6}  {'RMSE, CoTs as given':>19}  {'r':>6}")
+    for value, run in runs.items():
+        cells = [run[on][metric] if run[on] else None for on in ("own_cots", "held_out") for metric in ("rmse", "pearson")]
+        cells = ["–" if cell is None else f"{cell:.3f}" for cell in cells]
+        print(f"{value:>6g}  {cells[0]:>14}  {cells[1]:>6}  {cells[2]:>19}  {cells[3]:>6}")
+    best = min(runs, key=lambda value: runs[value][judged_on]["rmse"])
+    chosen = Path(f"{out}.lambda-{best:g}")
+    lambdas = {f"{value:g}": {on: run[on] for on in ("own_cots", "held_out")} for value, run in runs.items()}
+    records.write_whole(chosen / "run.json", json.dumps(runs[best] | {"lambdas": lambdas}, indent=2, ensure_ascii=False) + "\n")
+    if out.exists():
+        shutil.rmtree(out)
+    chosen.rename(out)
+    print(f"{out}: λ = {best:g}; the others stay beside it")
+
+
+def weights(text: str) -> list[float]:
+    """An argparse type: weights, separated by commas."""
+    return [records.WEIGHT(part) for part in text.split(",")]
 
 
 def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
@@ -490,6 +591,7 @@ def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
     model = first.parse_known_args()[0].model
     seed = records.read_run(model).get("arguments", {}).get("model", model)  # p_s is trained on as its seed was (A.4)
     embedded = Path(seed).resolve() == Path(TINY_SEED)
+    large = models.resolve(seed) in map(models.resolve, LORA_BY_DEFAULT)
     data = {} if stage == 1 else {"data": "out/cots.jsonl"}
 
     parser = argparse.ArgumentParser(description=description, formatter_class=records.Help, allow_abbrev=False)
@@ -503,9 +605,25 @@ def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
     group.add_argument(
         "--val-fraction", type=records.SHARE, default=0.05, help="share of the prompts held out, chosen by --seed"
     )
+    group.add_argument(
+        "--eval-every", type=records.COUNT, help="steps after which held-out prompts are judged; None: after each epoch"
+    )
+    group.add_argument("--eval-size", type=int, default=100, help="held-out records judged with self-generated CoTs")
+    group.add_argument("--dry-run", action="store_true", help="say what would be trained on and what it takes; load no weights")
+    group = parser.add_argument_group("what is trained")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--full", action="store_true", help="all weights, in fp32")
+    either.add_argument("--lora", action="store_false", dest="full", help="adapters on all linear layers; the base is frozen")
+    group.add_argument("--lora-rank", type=records.COUNT, default=Lora().rank, help="of the adapters")
+    group.add_argument("--lora-alpha", type=records.COUNT, default=Lora().alpha, help="adapters are scaled by alpha / rank")
+    group.add_argument("--merge", action="store_true", help="with LoRA: also write the merged model, in fp32, to OUT/merged")
     group = parser.add_argument_group("loss: ce-weight · CE + λ · squared error")
     group.add_argument(
-        "--lambda", dest="lam", type=records.WEIGHT, default=1.0, help="λ, weight of the squared error; 0 leaves CE"
+        "--lambda",
+        dest="lam",
+        type=weights,
+        default="1",
+        help="λ, weight of the squared error; 0 leaves CE; of several, as in 0.3,1,3, the best is kept",
     )
     group.add_argument("--ce-weight", type=records.WEIGHT, default=1.0, help="weight of the cross-entropy; 0 leaves pure RAFT")
     group.add_argument(
@@ -534,15 +652,15 @@ def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
         "--max-bad-steps", type=records.COUNT, default=10, help="stop after this many steps in a row that are not finite"
     )
     records.add_common_arguments(parser)
-    parser.set_defaults(**(EMBEDDED if embedded else PAPER) | data)
+    parser.set_defaults(**(EMBEDDED if embedded else PAPER) | data | {"full": not large})
     return parser
 
 
 def main() -> None:
     args = make_parser(__doc__, stage=1).parse_args()
-    args.grid = records.choose_grid(args.grid, args.model)
+    args.grid = records.choose_grid(args.grid, vars(args).pop("suffix"), args.model)
     need = ("id", "prompt", "score") if args.no_cot else ("id", "prompt", "cot", "score")
-    fit(
+    fit_each(
         records.read_records(args.data, grid=args.grid, need=need),
         stage=1,
         cots_of=lambda record: [record["cot"]],

@@ -8,7 +8,7 @@ worth. It starts from the seed, not from p_s, which has already learned to trust
 
 import records
 from records import InputError
-from stage1_train import fit, make_parser
+from stage1_train import fit_each, make_parser
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
             f"{args.model}: the checkpoint of stage {stage}, but stage 2 starts from the seed model; "
             "give that, or --continue-from-stage1 if you mean ablation A.4"
         )
-    args.grid = records.choose_grid(args.grid, args.model)
+    args.grid = records.choose_grid(args.grid, vars(args).pop("suffix"), args.model)
     all_records = records.read_records(args.data, grid=args.grid, need=("id", "prompt", "score", "cots", "finished"))
     if any("prediction" in record for record in all_records):
         raise InputError(f"{args.data}: these are predictions, not training data; make the file with gen_cot.py")
@@ -34,7 +34,7 @@ def main() -> None:
         return [cot for cot, finished in pairs if finished or args.keep_unfinished]
 
     unfinished = [r["id"] for r in all_records if len(cots_of(r)) < len(r["cots"])]
-    fit(all_records, stage=2, cots_of=cots_of, unfinished=len(unfinished), **vars(args))
+    fit_each(all_records, stage=2, cots_of=cots_of, unfinished=len(unfinished), **vars(args))
     records.report(unfinished, "with a CoT left out because it did not reach the suffix (--keep-unfinished keeps it)")
 
 

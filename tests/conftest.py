@@ -11,7 +11,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, MistralConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    LlamaTokenizer,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -53,6 +60,39 @@ def llama3_tokenizer():
     """Llama-3 style: digits are split off first, so the space before a score is a token of its own."""
     digits = pre_tokenizers.Digits(individual_digits=True)
     return byte_level(pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]))
+
+
+LLAMA_TEMPLATE = (
+    "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: "
+    "{% if date_string is defined %}{{ date_string }}{% else %}{{ strftime_now('%d %b %Y') }}{% endif %}{{ '\n\n' }}<|eot_id|>"
+    "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{{ '\n\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def llama31_tokenizer():
+    """Llama-3.1-Instruct's own tokenizer (BPE, 128,000 tokens), from the package llama-models, with its header tokens."""
+    import llama_models
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    names = "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id "
+    names += "reserved_special_token_2 start_header_id end_header_id eom_id eot_id python_tag"
+    bpe = TikTokenConverter(
+        vocab_file=str(Path(llama_models.__file__).parent / "llama3/tokenizer.model"),
+        pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+",
+        extra_special_tokens=[f"<|{name}|>" for name in names.split()],
+    ).converted()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
+    tokenizer.chat_template = LLAMA_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """Every byte is a token, ids are the byte plus 3; no BOS, no chat template."""
+    return ByT5Tokenizer(extra_ids=0)
 
 
 @pytest.fixture(scope="session")

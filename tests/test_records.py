@@ -10,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 
 import records
 from records import IGNORE, SUFFIX, Grid, InputError
+from stage1_train import collate
 
 GRID = Grid()
 PROMPT, COT = "Is it good?", "The answer is good."
@@ -27,6 +28,77 @@ def test_mistral_ids_labels_and_score_position(mistral_tokenizer):
     assert example.ids == prompt + target
     assert example.labels == [IGNORE] * len(prompt) + target
     assert example.ids[example.score_position] == 28781 and example.score == 3.67
+
+
+def encoded(tokenizer, score: float = 3.67, grid: Grid = GRID):
+    record = {"id": "a", "prompt": PROMPT, "cot": COT, "score": score}
+    return records.encode(tokenizer, record, grid=grid, score_ids=records.score_tokens(tokenizer, grid).score_ids)
+
+
+def test_llama31_ids_with_headers_and_a_system_text_that_is_always_the_same(llama31_tokenizer):
+    """The template's date would change from day to day; its ids are those of 26 Jul 2024, as in Meta's own default."""
+    system = [128006, 9125, 128007, 271, 38766, 1303, 33025, 2696, 25, 6790, 220, 2366, 18, 198]  # Cutting Knowledge Date: ...
+    system += [15724, 2696, 25, 220, 1627, 10263, 220, 2366, 19, 271, 128009]  # Today Date: 26 Jul 2024
+    user = [128006, 882, 128007, 271, 3957, 433, 1695, 30, 128009, 128006, 78191, 128007, 271]
+    target = [791, 4320, 374, 1695, 13, 2100, 279, 8244, 5573, 374, 220, 19, 128009]  # ..., " ", "4", <|eot_id|>
+    example = encoded(llama31_tokenizer)
+    assert example.ids == [128000, *system, *user, *target]
+    assert example.labels == [IGNORE] * (1 + len(system + user)) + target
+    assert records.score_tokens(llama31_tokenizer, GRID).score_ids == [16, 17, 18, 19, 20]
+
+
+def test_byte_level_ids(byte_tokenizer):
+    """Each byte plus 3: text, a newline for want of a chat template, the target, end of sequence (1)."""
+    target = [byte + 3 for byte in f"{COT} So the overall score is 4".encode()] + [1]
+    example = encoded(byte_tokenizer)
+    assert example.ids == [byte + 3 for byte in f"{PROMPT}\n".encode()] + target
+    assert [label for label in example.labels if label != IGNORE] == target
+    assert example.ids[example.score_position] == ord("4") + 3
+
+
+def test_gpt2_ids_where_the_space_is_part_of_the_score(gpt2_tokenizer):
+    example = encoded(gpt2_tokenizer)
+    assert example.ids == [41, 83, 221, 73, 84, 291, 31, 199, 278, 290, 260, 291, 14, 276, 271, 275, 274, 260, 285, 0]
+    assert gpt2_tokenizer.decode(285) == " 4" and example.score_position == 18
+
+
+def test_prometheus_suffix(mistral_tokenizer):
+    """`--suffix "[RESULT]"`: Prometheus-2 has Mistral's tokenizer and its own words before the score."""
+    grid = Grid.parse("1,2,3,4,5", "[RESULT]")
+    target = [415, 4372, 349, 1179, 28723, 733, 15132, 28793, 28705, 28781, 2]  # The answer is good. [RESULT] 4
+    assert encoded(mistral_tokenizer, grid=grid).ids[-11:] == target
+    assert records.check_record({"id": "a", "cot": f"No.{SUFFIX}5"}, grid, ("id",)) is None
+    assert "holds '[RESULT]'" in records.check_record({"id": "a", "cot": "Good. [RESULT] 5"}, grid, ("id",))
+
+
+@pytest.mark.parametrize("name", ["mistral_tokenizer", "llama31_tokenizer", "byte_tokenizer", "gpt2_tokenizer"])
+def test_the_end_is_learned_once_even_where_padding_is_the_same_token(name, request):
+    tokenizer = copy.deepcopy(request.getfixturevalue(name))
+    tokenizer.pad_token = tokenizer.eos_token
+    short, long = encoded(tokenizer), encoded(tokenizer)._replace(ids=[5] * 9 + encoded(tokenizer).ids)
+    long = long._replace(labels=[IGNORE] * 9 + short.labels, score_position=short.score_position + 9)
+    batch = collate([short, long], pad_id=tokenizer.pad_token_id)
+    assert batch["targets"].tolist().count(tokenizer.eos_token_id) == 2
+    assert batch["predicts"][0].sum() == sum(label != IGNORE for label in short.labels)
+
+
+OWN = {"instruction": "Дай совет", "response": "ลองดู {x}", "rubric": {"criteria": "Useful?", "1": "No.", "5": "Yes."}}
+
+
+def test_prompts_of_ones_own_are_rendered(write_jsonl):
+    """The Prometheus template, with and without a reference, in any language; a line's number where there is no id."""
+    path = write_jsonl("own.jsonl", [OWN | {"reference": "good one"}, OWN | {"id": "b", "rubric": "Is it useful?"}])
+    first, second = records.read_records(path, grid=GRID)
+    assert (first["id"], second["id"]) == ("1", "b")
+    assert first["prompt"].endswith(
+        "###The instruction to evaluate:\nДай совет\n\n###Response to evaluate:\nลองดู {x}\n\n"
+        "###Reference Answer (Score 5):\ngood one\n\n"
+        "###Score Rubrics:\n[Useful?]\nScore 1: No.\nScore 5: Yes.\n\n###Feedback:"
+    )
+    assert "a reference answer that gets a score of 5, and a score rubric" in first["prompt"]
+    assert "eference" not in second["prompt"] and "###Score Rubrics:\nIs it useful?\n\n" in second["prompt"]
+    given = write_jsonl("given.jsonl", [OWN | {"prompt": "As it is."}])
+    assert records.read_records(given, grid=GRID)[0]["prompt"] == "As it is."
 
 
 def test_no_cot_supervises_score_and_end_alone(mistral_tokenizer):
@@ -125,8 +197,8 @@ BAD_LINES = {  # second line of a file → what the message says about it
     "deeply nested": ("[" * 100_000 + "]" * 100_000, "not JSON"),
     "deeply nested field": ('{"id": ' + "[" * 100_000 + "]" * 100_000 + "}", "not JSON"),
     "a number of 5,000 digits": ('{"score": ' + "9" * 5000 + "}", "not JSON"),
-    "empty object": ({}, "'id' is missing"),
-    "no id": ({"prompt": "p", "cot": "c", "score": 4}, "'id' is missing"),
+    "empty object": ({}, "'prompt' is missing; this stage needs id, prompt, cot, score; give it whole, or as instruction"),
+    "rubric a list": ({"instruction": "i", "response": "r", "rubric": ["c"], "score": 4}, "'rubric' is no text"),
     "id null": (GOOD | {"id": None}, "'id' is missing"),
     "id a number": (GOOD | {"id": 7}, "'id' is 7, not a string"),
     "id empty": (GOOD | {"id": ""}, "'id' is empty"),
@@ -200,7 +272,7 @@ def test_what_is_odd_but_whole_is_read(tmp_path):
     assert records.read_records(path, grid=GRID) == [GOOD, big]
 
 
-TOKENIZERS = ["mistral_tokenizer", "gpt2_tokenizer", "llama3_tokenizer", "tiny_tokenizer"]
+TOKENIZERS = ["mistral_tokenizer", "llama31_tokenizer", "gpt2_tokenizer", "llama3_tokenizer", "tiny_tokenizer"]
 SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<|end|>", "<|eot_id|>", "[INST]", "[/INST]", "give me a 5 [RESULT] 5", SUFFIX, "4"]
 TEXT = st.lists(st.sampled_from(SPECIAL) | st.text(st.characters(codec="utf-8"), max_size=8), min_size=1, max_size=6).map(
     "".join

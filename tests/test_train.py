@@ -11,6 +11,7 @@ import torch
 from conftest import random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig
 
+import models
 import records
 import stage1_train
 from loss import cot_raft_loss
@@ -145,13 +146,14 @@ def test_checkpoint_opens_without_us_and_run_json_tells_all(tiny_records, write_
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert model.dtype == torch.float32 and tokenizer.chat_template
     run = json.loads((out / "run.json").read_text())
-    assert run["grid"] == "1=1,2=2,3=3,4=4,5=5" and run["stage"] == 1 and run["arguments"]["lr"] == 2e-3
+    assert run["grid"] == "1=1,2=2,3=3,4=4,5=5" and run["stage"] == 1 and run["arguments"]["lr"] == 1e-3
     assert run["inputs"] == {str(data): records.sha256(data)}
     assert run["counts"]["trained"] + run["counts"]["held_out"] == 60 and run["counts"]["too_long"] == 1
     assert run["held_out"]["n"] == run["counts"]["held_out"] and run["held_out"]["rmse"] > 0
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, len(log) + 1)) and "held_out" in log[-1]
-    assert records.choose_grid(None, str(out)) == Grid()
+    assert run["own_cots"] == log[-1]["own_cots"] and run["own_cots"]["n"] == run["held_out"]["n"]
+    assert records.choose_grid(None, None, str(out)) == Grid()
 
     # An output folder that holds a run is not written over; stage 2 does not start from p_s or on annotated CoTs
     for script, arguments, message in (
@@ -172,7 +174,7 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path):
     config = CohereConfig(**small, vocab_size=VOCABULARY, logit_scale=0.0625, initializer_range=0.5)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(records.InputError, match="scales or caps its logits"):
-        stage1_train.load_model(str(tmp_path), dtype=torch.float32)
+        models.load_model(str(tmp_path), dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +240,7 @@ def test_a_run_that_was_cut_off_ends_the_same(
     if goes_on_after:
         with pytest.raises(SystemExit):
             run_script("stage1_train", *arguments, "--out", out, "--lr", 0.1)
-        assert "lr was 0.002, is 0.1" in capsys.readouterr().err
+        assert "lr was 0.001, is 0.1" in capsys.readouterr().err
     run_script("stage1_train", *arguments, "--out", out)
     assert (f"going on after step {goes_on_after}" in capsys.readouterr().out) == bool(goes_on_after)
     for name in ("model.safetensors", "log.jsonl"):

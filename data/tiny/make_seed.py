@@ -22,7 +22,8 @@ sys.path.insert(0, str(HERE.parents[1]))
 import records  # noqa: E402
 from data.tiny.prepare import WORDS, sample  # noqa: E402
 from loss import cot_raft_loss  # noqa: E402
-from stage1_train import device, make_optimiser, train  # noqa: E402
+from models import device  # noqa: E402
+from stage1_train import make_optimiser, train  # noqa: E402
 
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
 

@@ -1,0 +1,132 @@
+"""Does training take the memory that stage 1 says it will? Expected against measured, on models of real shapes.
+
+    python bench/memory.py --out results/memory/memory.json        # about two minutes on a CPU
+    python bench/memory.py --model mistral-7b --length 1500        # on a GPU, random weights of a model's exact shape
+
+Each case takes two optimiser steps of two batches each in stage 1's loop, on random tokens of which a quarter is supervised.
+Measured is the peak of what tensors hold: on a GPU what the allocator counts, on a CPU the sum of the profiler's allocations
+and releases. Ends with one JSON line.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import models  # noqa: E402
+import records  # noqa: E402
+from loss import cot_raft_loss  # noqa: E402
+from models import Lora  # noqa: E402
+from records import IGNORE, Example  # noqa: E402
+from stage1_train import make_optimiser, train  # noqa: E402
+
+SHAPES = {  # small enough for a laptop, with the proportions of the real ones
+    "Mistral, vocabulary 32k": MistralConfig(
+        vocab_size=32000, hidden_size=512, intermediate_size=1792, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=2, sliding_window=None,
+    ),
+    "Llama-3.1, vocabulary 128k": LlamaConfig(
+        vocab_size=128256, hidden_size=512, intermediate_size=1792, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=2,
+    ),
+}  # fmt: skip
+
+
+def random_examples(n: int, length: int, vocabulary: int) -> list[Example]:
+    ids = torch.randint(10, vocabulary, (n, length), generator=torch.Generator().manual_seed(0)).tolist()
+    start = length - length // 4
+    return [Example(str(i), row, [IGNORE] * start + row[start:], length - 2, 3.0) for i, row in enumerate(ids)]
+
+
+def peak_of(run) -> int:
+    """Bytes that tensors hold at the peak of run(), beyond what they held before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    changes = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for _, change in sorted(changes, key=lambda change: change[0]):
+        now += change
+        peak = max(peak, now)
+    return peak
+
+
+def measure(config, lora: Lora | None, *, sequences: int, length: int, gradient_checkpointing: bool, steps: int = 2) -> dict:
+    """Expected and measured bytes of a training step on a model of this shape."""
+    bf16 = models.has_bf16()
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        expected = models.expected_memory(
+            folder, lora, sequences=sequences, length=length, supervised=sequences * (length // 4),
+            bf16=bf16, gradient_checkpointing=gradient_checkpointing,
+        )  # fmt: skip
+    held = []
+
+    def run() -> None:
+        with models.device():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if bf16 and lora else torch.float32)
+        held.append(network := models.with_adapters(model, lora) if lora else model)
+        if gradient_checkpointing:
+            checkpointing = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+            checkpointing({"use_reentrant": False})
+        optimiser, schedule = make_optimiser(network, lr=1e-5, warmup=0.1, weight_decay=0.0, steps=steps)
+        ids = {"score_ids": torch.arange(3, 8), "score_values": torch.arange(1.0, 6.0)}
+        loss = partial(cot_raft_loss, **{name: tensor.to(models.device()) for name, tensor in ids.items()})
+        window = random_examples(2 * sequences, length, config.vocab_size)
+        lines = train(
+            network, optimiser, schedule, [window] * steps, loss=loss, score_in_ce=True, pad_id=0, clip=1.0,
+            batch_size=sequences, bf16=bf16, label="",
+        )  # fmt: skip
+        assert all(line["taken"] for line in lines)
+
+    measured = peak_of(run)
+    return {
+        "lora": bool(lora), "gradient_checkpointing": gradient_checkpointing, "sequences": sequences, "length": length,
+        "expected": expected._asdict() | {"total": expected.total}, "measured": measured,
+        "expected_to_measured": round(expected.total / measured, 3),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=records.Help)
+    parser.add_argument("--model", help="alias, folder or hub id whose shape is taken; None: two small shapes")
+    parser.add_argument("--sequences", type=records.COUNT, default=4, help="in a batch")
+    parser.add_argument("--length", type=records.COUNT, default=512, help="tokens a sequence")
+    parser.add_argument("--only", choices=("full", "lora"), help="one of both ways to train")
+    parser.add_argument("--out", type=Path, help="JSON file; None: only print")
+    args = parser.parse_args()
+    shapes = {args.model: AutoConfig.from_pretrained(models.resolve(args.model))} if args.model else SHAPES
+    cases = []
+    for name, config in shapes.items():
+        for way in [args.only] if args.only else ["full", "lora"]:
+            for checkpointing in (True, False):
+                lora = Lora() if way == "lora" else None
+                sizes = {"sequences": args.sequences, "length": args.length}
+                case = {"shape": name} | measure(config, lora, **sizes, gradient_checkpointing=checkpointing)
+                cases.append(case)
+                print(
+                    f"{name:28} {way:5} {'checkpointed' if checkpointing else 'all kept':13} "
+                    f"expected {case['expected']['total'] / 2**30:7.2f} GiB, measured {case['measured'] / 2**30:7.2f} GiB, "
+                    f"ratio {case['expected_to_measured']:.2f}"
+                )
+    report = {"device": str(models.device()), "machine": platform.machine(), "torch": torch.__version__, "cases": cases}
+    if args.out:
+        records.write_whole(args.out, json.dumps(report, indent=1) + "\n")
+    print(json.dumps({"device": report["device"], "ratios": [case["expected_to_measured"] for case in cases]}))
+
+
+if __name__ == "__main__":
+    records.run(main)
