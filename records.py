@@ -313,6 +313,25 @@ def read_items(path: str) -> list[dict]:
     return items
 
 
+def sort_out(made: list[dict | str], path: str) -> tuple[list[dict], str]:
+    """What a prepare.py made of its rows, in their order: the records, and lines that count the reasons for the others.
+
+    Raises InputError where nothing could be kept.
+    """
+    kept = [record for record in made if isinstance(record, dict)]
+    reasons: dict[str, list[int]] = {}
+    for number, record in enumerate(made):
+        if isinstance(record, str):
+            reasons.setdefault(record, []).append(number)
+    if not kept:
+        raise InputError(f"{path}: nothing to keep, row 0: {made[0] if made else 'there is none'}; is it the right file?")
+    lines = [
+        f"left out {len(rows)}: {reason} (row {', '.join(map(str, rows[:3]))}{', …' if len(rows) > 3 else ''})\n"
+        for reason, rows in reasons.items()
+    ]
+    return kept, "".join(lines)
+
+
 def clean_prompt(instruction: str) -> str:
     """A Prometheus prompt up to its closing "###Feedback:", which some files follow with stray quotes and commas."""
     before, marker, after = instruction.rpartition("###Feedback:")

@@ -276,9 +276,10 @@ def summarise(plans: dict[int, Plan], rows: list[str], *, resamples: int) -> dic
         for (row, test, reading), column in of.items():
             cell = {"row": row, "test": test, "reading": reading}
             for metric in ("pearson", "spearman", "rmse"):
-                values = [eval.METRICS[metric](run, true[key]) for run in column]
-                spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-                cell[metric] = {"per_seed": values, "mean": float(np.mean(values)), "sd": spread}
+                values = np.array([eval.METRICS[metric](run, true[key]) for run in column])
+                values = np.nan_to_num(values)  # a constant prediction says nothing of the score: its correlation counts as 0
+                spread = float(values.std(ddof=1)) if len(values) > 1 else None
+                cell[metric] = {"per_seed": values.tolist(), "mean": float(values.mean()), "sd": spread}
             base = samples.get((reference(row), key[0], "rail"))
             if base and samples[row, test, reading] is not base:
                 cell["difference"] = {m: eval.interval(s - base[m]) for m, s in samples[row, test, reading].items()}

@@ -1,6 +1,7 @@
 """Does training take the memory that stage 1 says it will? Expected against measured, on models of real shapes.
 
     python bench/memory.py --out results/memory/memory.json        # about two minutes on a CPU
+    python bench/memory.py --fit                                   # estimates for 7B and 8B, nothing is run
     python bench/memory.py --model mistral-7b --length 1500        # on a GPU, random weights of a model's exact shape
 
 Each case takes two optimiser steps of two batches each in stage 1's loop, on random tokens of which a quarter is supervised.
@@ -40,6 +41,14 @@ SHAPES = {  # small enough for a laptop, with the proportions of the real ones
     ),
 }  # fmt: skip
 
+BLOCKS = dict(
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
+)  # fmt: skip
+REAL = {  # of the models that --fit is about
+    "mistral-7b": MistralConfig(vocab_size=32000, sliding_window=None, **BLOCKS),
+    "llama-3.1-8b": LlamaConfig(vocab_size=128256, **BLOCKS),
+}
+
 
 def random_examples(n: int, length: int, vocabulary: int) -> list[Example]:
     ids = torch.randint(10, vocabulary, (n, length), generator=torch.Generator().manual_seed(0)).tolist()
@@ -64,15 +73,32 @@ def peak_of(run) -> int:
     return peak
 
 
+def expect(config, lora: Lora | None, **sizes) -> models.Memory:
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return models.expected_memory(folder, lora, **sizes)
+
+
+def fit() -> None:
+    """What stage 1 will say of the 7B and 8B models on a GPU: nothing is measured here."""
+    print("| model | trained | sequences of 3,000 tokens | checkpointed | all activations kept |\n" + "| --- " * 5 + "|")
+    for name, config in REAL.items():
+        for lora in (Lora(), None):
+            for sequences in (1, 4):
+                cells = [name, "LoRA" if lora else "all weights", str(sequences)]
+                for checkpointing in (True, False):
+                    sizes = {"sequences": sequences, "length": 3000, "supervised": 250 * sequences, "bf16": True}
+                    cells.append(f"{expect(config, lora, gradient_checkpointing=checkpointing, **sizes).total / 2**30:.0f} GiB")
+                print("| " + " | ".join(cells) + " |")
+
+
 def measure(config, lora: Lora | None, *, sequences: int, length: int, gradient_checkpointing: bool, steps: int = 2) -> dict:
     """Expected and measured bytes of a training step on a model of this shape."""
     bf16 = models.has_bf16()
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        expected = models.expected_memory(
-            folder, lora, sequences=sequences, length=length, supervised=sequences * (length // 4),
-            bf16=bf16, gradient_checkpointing=gradient_checkpointing,
-        )  # fmt: skip
+    expected = expect(
+        config, lora, sequences=sequences, length=length, supervised=sequences * (length // 4),
+        bf16=bf16, gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
     held = []
 
     def run() -> None:
@@ -107,7 +133,10 @@ def main() -> None:
     parser.add_argument("--length", type=records.COUNT, default=512, help="tokens a sequence")
     parser.add_argument("--only", choices=("full", "lora"), help="one of both ways to train")
     parser.add_argument("--out", type=Path, help="JSON file; None: only print")
+    parser.add_argument("--fit", action="store_true", help="only print what is expected of the 7B and 8B models")
     args = parser.parse_args()
+    if args.fit:
+        return fit()
     shapes = {args.model: AutoConfig.from_pretrained(models.resolve(args.model))} if args.model else SHAPES
     cases = []
     for name, config in shapes.items():

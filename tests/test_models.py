@@ -24,9 +24,10 @@ def adapter(tmp_path_factory, tiny_records):
     """Stage 1 with LoRA on the embedded task, merged as well."""
     folder = tmp_path_factory.mktemp("lora")
     (folder / "train.jsonl").write_text("".join(map(records.to_line, tiny_records[:60])))
-    options = ["--lora", "--merge", "--lora-rank", "4", "--epochs", "2", "--lr", "0.01", "--val-fraction", "0.2"]
-    command = [sys.executable, "stage1_train.py", "--data", folder / "train.jsonl", "--out", folder / "p_s", *options]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    options = ["--lora", "--merge", "--lora-rank", "4", "--epochs", "2", "--lr", "0.01", "--eval-size", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["", "--data", str(folder / "train.jsonl"), "--out", str(folder / "p_s"), *options])
+        stage1_train.main()
     return folder / "p_s"
 
 

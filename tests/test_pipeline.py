@@ -29,10 +29,10 @@ def bench_file(tmp_path):
 
 
 def pipeline(run_script, seed_model, train, test, out) -> None:
-    short = ["--max-new-tokens", 12, "--batch-size", 4]
-    run_script("stage1_train", "--model", seed_model, "--data", train, "--out", out / "stage1", "--accumulation", 2)
+    short, few = ["--max-new-tokens", 12, "--batch-size", 4], ["--accumulation", 2, "--eval-size", 2]
+    run_script("stage1_train", "--model", seed_model, "--data", train, "--out", out / "stage1", *few)
     run_script("gen_cot", "--model", out / "stage1", "--data", train, "--out", out / "cots.jsonl", *short)
-    options = ["--keep-unfinished", "--accumulation", 2]
+    options = ["--keep-unfinished", *few]
     run_script("stage2_train", "--model", seed_model, "--data", out / "cots.jsonl", "--out", out / "stage2", *options)
     for name, extra in {"predictions": ["--num-cots", 2], "no_cot": ["--no-cot"]}.items():
         run_script("predict", "--model", out / "stage2", "--data", test, "--out", out / f"{name}.jsonl", *short, *extra)
@@ -44,7 +44,7 @@ def test_bench_file_through_every_stage_twice(mistral_tokenizer, tmp_path, run_s
     monkeypatch.syspath_prepend(ROOT)
     bench, train, test = bench_file(tmp_path), tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     run_script("data.prometheus_bench.prepare", bench, "--out", test, "--train", train)
-    assert "6 records of 6 items" in capsys.readouterr().out
+    assert "6 items read, 6 kept" in capsys.readouterr().out
     rows = [json.loads(line) for line in test.read_text().splitlines()]
     assert [row["score"] for row in rows] == [pytest.approx(10 / 3)] * 5 + [4]
     assert all(row["prompt"].endswith("###Feedback:") for row in rows)
@@ -87,12 +87,39 @@ def test_feedback_collection_rows(tmp_path, run_script, monkeypatch, capsys):
     run_script("data.feedback_collection.prepare", *arguments)
     made = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert [(r["id"], r["cot"], r["score"]) for r in made] == [("fc-000000", "Good.", 4), ("fc-000001", "Bad all over.", 1)]
-    assert "2 records, 1 of them from feedback without 'So the overall'" in capsys.readouterr().out
+    assert "2 rows read, 2 kept, 1 of them without 'So the overall'" in capsys.readouterr().out
 
-    (tmp_path / "fc.json").write_text(json.dumps([*rows, {"instruction": "Rate.", "output": "no score"}]))
+    bad = [{"instruction": "Rate.", "output": "no score"}, {"instruction": " "}, {"instruction": "x", "output": "[RESULT] 3"}]
+    (tmp_path / "fc.json").write_text(json.dumps([*rows, *bad, bad[0]]))
+    run_script("data.feedback_collection.prepare", *arguments)
+    printed = capsys.readouterr().out
+    assert "6 rows read, 2 kept" in printed and "left out 2: no score from 1 to 5" in printed and "(row 2, 5)" in printed
+    assert (
+        "left out 1: no text in 'instruction' (row 3)" in printed and "left out 1: no feedback in 'output' (row 4)" in printed
+    )
+    (tmp_path / "fc.json").write_text(json.dumps(bad))
     with pytest.raises(SystemExit) as exit:
         run_script("data.feedback_collection.prepare", *arguments)
-    assert exit.value.code == 2 and "fc.json: row 2: no score" in capsys.readouterr().err
+    assert exit.value.code == 2 and "fc.json: nothing to keep, row 0: no score" in capsys.readouterr().err
+
+
+def test_bench_items_that_lack_something_are_counted(tmp_path, run_script, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    good = {"instruction": "Rate.", "gpt4_score": [3, 4], "gpt4_feedback": ["Fine. So the overall", ""], "human_score": [5, 2]}
+    items = [good, {"instruction": "Rate.", "gpt4_score": None}, good | {"gpt4_feedback": ["a", "b", "c"]}, "text"]
+    (tmp_path / "bench.json").write_text(json.dumps(items))
+    out, train = tmp_path / "test.jsonl", tmp_path / "train.jsonl"
+    run_script("data.prometheus_bench.prepare", tmp_path / "bench.json", "--out", out, "--train", train)
+    printed = capsys.readouterr().out
+    assert "4 items read, 2 kept" in printed and "left out 1: 'gpt4_score' is neither" in printed
+    assert "5 feedbacks read, 3 kept" in printed and "left out 1: no text in 'gpt4_feedback' (row 1)" in printed
+    assert "left out 1: no label of its own (row 4)" in printed
+    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    assert [(r["id"], r["cot"], r["score"]) for r in rows] == [
+        ("bench-0000-1", "Fine.", 3), ("bench-0002-1", "a", 3), ("bench-0002-2", "b", 4)
+    ]  # fmt: skip
+    run_script("data.prometheus_bench.prepare", tmp_path / "bench.json", "--out", out, "--label", "human_score")
+    assert [json.loads(line)["score"] for line in out.read_text().splitlines()] == [3.5, 3.5]
 
 
 def test_committed_tiny_data_is_what_its_script_makes(tmp_path, run_script, monkeypatch):

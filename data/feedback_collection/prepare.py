@@ -3,7 +3,8 @@
     python data/feedback_collection/prepare.py                        # from the hub, about 1 GB
     python data/feedback_collection/prepare.py --file new_feedback_collection.json
 
-Reads the hub data set through `datasets`, or a local JSON array or JSONL file with the same fields.
+Reads the hub data set through `datasets`, or a local JSON array or JSONL file with the same fields. A row that lacks prompt,
+feedback or score is left out, and counted with the reason.
 """
 
 import argparse
@@ -19,19 +20,19 @@ HUB_ID = "prometheus-eval/Feedback-Collection"
 RESULT = re.compile(r"\[RESULT\]\s*(\d+)")
 
 
-def convert(row: dict, number: int, where: str) -> dict:
-    """One row as a record; raises InputError, naming the row, where its prompt, feedback or score can't be found."""
+def convert(row: dict, number: int) -> dict | str:
+    """One row as a record, or in a few words why it can't be one."""
     prompt, output = row.get("instruction"), row.get("output") or row.get("orig_feedback")
-    if not isinstance(prompt, str) or not isinstance(output, str):
-        raise InputError(f"{where}: needs the texts 'instruction' and 'output', the fields of {HUB_ID}")
+    if not isinstance(prompt, str) or not prompt.strip():
+        return "no text in 'instruction'"
+    if not isinstance(output, str) or not records.clean_cot(output):
+        return "no feedback in 'output'"
     found = RESULT.search(output)
-    score = row.get("orig_score") or (found and found[1])
-    if not str(score).isdigit():
-        raise InputError(f"{where}: no score, neither in 'orig_score' nor as '[RESULT] 4' at the end of 'output'")
-    cot = records.clean_cot(output)
-    if not cot:
-        raise InputError(f"{where}: its feedback is empty")
-    return {"id": f"fc-{number:06}", "prompt": records.clean_prompt(prompt), "cot": cot, "score": int(score)}
+    score = str(row.get("orig_score") or (found and found[1]))
+    if score not in {"1", "2", "3", "4", "5"}:
+        return "no score from 1 to 5, neither in 'orig_score' nor as '[RESULT] 4'"
+    prompt, cot = records.clean_prompt(prompt), records.clean_cot(output)
+    return {"id": f"fc-{number:06}", "prompt": prompt, "cot": cot, "score": int(score)}
 
 
 def main() -> None:
@@ -50,10 +51,15 @@ def main() -> None:
             raise InputError(
                 f"{HUB_ID}: can't be had from the hub ({type(error).__name__}); download its file and give --file"
             ) from None
-    converted = [convert(row, n, f"{args.file or HUB_ID}: row {n}") for n, row in enumerate(rows)]
-    unmarked = sum("So the overall" not in row["output"] for row in rows if row.get("output"))
-    records.write_whole(args.out, "".join(map(records.to_line, converted)))
-    print(f"{args.out}: {len(converted)} records, {unmarked} of them from feedback without 'So the overall'")
+    made = [convert(row, number) for number, row in enumerate(rows)]
+    kept, left_out = records.sort_out(made, args.file or HUB_ID)
+    marked = sum(
+        isinstance(m, dict) and "So the overall" in (row.get("output") or "") for row, m in zip(rows, made, strict=True)
+    )
+    records.write_whole(args.out, "".join(map(records.to_line, kept)))
+    print(f"{len(rows)} rows read, {len(kept)} kept, {len(kept) - marked} of them without 'So the overall' in their feedback")
+    print(left_out, end="")
+    print(f"{args.out}: {len(kept)} records; stage 1 holds out 5 % of their prompts, chosen by its --seed")
 
 
 if __name__ == "__main__":
