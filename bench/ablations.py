@@ -273,11 +273,13 @@ def summarise(plans: dict[int, Plan], rows: list[str], *, resamples: int) -> dic
 
     for key, of in tqdm(columns.items(), desc="bootstrap", unit="test"):
         samples = eval.bootstrap(of, true[key], resamples=resamples, seed=0, metrics=("pearson", "rmse"))
+        # A constant prediction says nothing of the score: its correlation, which is undefined, counts as 0
+        samples = {name: {m: np.nan_to_num(s) for m, s in metrics.items()} for name, metrics in samples.items()}
         for (row, test, reading), column in of.items():
             cell = {"row": row, "test": test, "reading": reading}
             for metric in ("pearson", "spearman", "rmse"):
                 values = np.array([eval.METRICS[metric](run, true[key]) for run in column])
-                values = np.nan_to_num(values)  # a constant prediction says nothing of the score: its correlation counts as 0
+                values = np.nan_to_num(values)
                 spread = float(values.std(ddof=1)) if len(values) > 1 else None
                 cell[metric] = {"per_seed": values.tolist(), "mean": float(values.mean()), "sd": spread}
             base = samples.get((reference(row), key[0], "rail"))
