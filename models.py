@@ -96,6 +96,13 @@ def head(model, hidden: Tensor) -> Tensor:
     return model.get_output_embeddings()(hidden)  # (..., D) → (..., V)
 
 
+def checkpoint_activations(model) -> None:
+    """Keep only what goes into each block, and compute the rest again in the backward pass."""
+    # Two names of one method: transformers renamed it after 5.17
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 # --------------------------------------------------------------------------------------------------------- LoRA
 
 
@@ -185,7 +192,8 @@ def expected_memory(
 
     compute = 2 if bf16 else 4  # bytes of a number in the matrix products
     stream = compute if lora else 4  # of one between the blocks: weights in fp32 make it fp32
-    layers, h, m = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    layers, h, m = config.num_hidden_layers, config.hidden_size, getattr(config, "intermediate_size", None)
+    m = m or 4 * h  # GPT-2 and its like do not say
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or h // heads
     q, kv = heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
@@ -197,18 +205,19 @@ def expected_memory(
     kept = layers * stream * h + block if gradient_checkpointing else layers * block
     if bf16 and not lora and not gradient_checkpointing:  # the bf16 copies of the weights
         kept += 2 * sum(layer.weight.numel() for layer in linear) // (sequences * length)
-    # Logits, in fp32 if they were not, their log-softmax, and the gradients of both
+    # Of the logits: themselves, in fp32 if they were not, their log-softmax, and three gradients (of the CE before and after
+    # its softmax, of the squared error)
     return Memory(
         weights=parameters * (compute if lora else 4) + (4 * trained if lora else 0),
         gradients=4 * trained,
         optimiser=8 * trained,
         activations=sequences * length * kept,
-        logits=supervised * config.vocab_size * (16 if compute == 4 else 18),
+        logits=supervised * config.vocab_size * (20 if compute == 4 else 22),
     )
 
 
 def memory_there() -> int:
-    """Bytes of the device that are free, of the machine where it has no device."""
+    """Bytes of memory that the device has, or the machine where there is no device."""
     if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

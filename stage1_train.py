@@ -434,7 +434,7 @@ def fit(
         bf16=has_bf16(), gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
     there = models.memory_there()
-    print(f"expected memory, an estimate: {expected}; {there / 2**30:.2f} GiB are free on {device()}")
+    print(f"expected memory, an estimate: {expected}; {device()} has {there / 2**30:.2f} GiB")
     if expected.total > there:
         print(f"this will hardly fit: {LESS_MEMORY}")
     if dry_run:
@@ -457,9 +457,7 @@ def fit(
     # Seed model → p_s (stage 1) or p_tract (stage 2)
     network = models.load_for_training(model, lora)
     if gradient_checkpointing:
-        # Two names of one method: transformers renamed it after 5.17
-        checkpointing = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
-        checkpointing({"use_reentrant": False})
+        models.checkpoint_activations(network)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     score_ids = torch.tensor(tokens.score_ids, device=device())
     score_values = torch.tensor(grid.values, device=device())

@@ -106,8 +106,7 @@ def measure(config, lora: Lora | None, *, sequences: int, length: int, gradient_
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if bf16 and lora else torch.float32)
         held.append(network := models.with_adapters(model, lora) if lora else model)
         if gradient_checkpointing:
-            checkpointing = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
-            checkpointing({"use_reentrant": False})
+            models.checkpoint_activations(network)
         optimiser, schedule = make_optimiser(network, lr=1e-5, warmup=0.1, weight_decay=0.0, steps=steps)
         ids = {"score_ids": torch.arange(3, 8), "score_values": torch.arange(1.0, 6.0)}
         loss = partial(cot_raft_loss, **{name: tensor.to(models.device()) for name, tensor in ids.items()})

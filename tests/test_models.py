@@ -94,6 +94,20 @@ def test_only_adapters_are_trained_and_they_are_fp32(tiny_tokenizer, tmp_path):
     assert all(p.requires_grad and p.dtype == torch.float32 for p in full.parameters())
 
 
+def test_checkpointing_leaves_the_gradients_of_adapters_as_they_are(tiny_tokenizer):
+    """The base is frozen and so is its embedding: nothing that goes into a block has a gradient of its own."""
+    ids, grads = torch.randint(5, 50, (2, 16), generator=torch.Generator().manual_seed(0)), []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = models.with_adapters(random_model(tiny_tokenizer), Lora()).train()
+        if checkpointing:
+            models.checkpoint_activations(model)
+        model(ids, labels=ids).loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert grads[0].abs().max() > 0
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("dtype, share", [(torch.float32, (0.99, 1)), (torch.bfloat16, (0, 0.01))])
 def test_at_the_papers_learning_rate_weights_move_only_in_fp32(dtype, share, tiny_tokenizer):
     """Why what is trained is kept in fp32: the same twenty steps at 1e-5 leave bf16 weights where they were."""
