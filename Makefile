@@ -19,6 +19,7 @@ SEEDS   ?= 1 2 3 4 5
 
 demo: $(OUT)/predictions_p_s.jsonl $(OUT)/predictions.jsonl
 	$(RUN) eval.py $^ --out $(OUT)/eval --overwrite
+	$(RUN) eval.py --logs $(OUT)/stage1/log.jsonl $(OUT)/stage2/log.jsonl --out $(OUT)/eval
 
 $(OUT)/stage1/run.json: | .venv/run
 	$(RUN) stage1_train.py --model $(TINY)/seed --data $(TINY)/train.jsonl --out $(OUT)/stage1

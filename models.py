@@ -2,6 +2,7 @@
 
 import os
 import resource
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 import records
 from records import InputError
 
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft still asks for it
 transformers_logging.set_verbosity_error()  # its tracebacks and hints would bury our one line
 transformers_logging.disable_progress_bar()
 

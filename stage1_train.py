@@ -213,13 +213,20 @@ def evaluate_on_own_cots(
     """The metrics that count: on CoTs that the model writes itself, as it will have to in prediction."""
     was_training = model.training
     model.eval()
-    judged = []
-    for i in range(0, len(held), batch_size):
-        with computing(bf16):
-            judged += judge(
-                model, tokenizer, held[i : i + batch_size], sampling=Sampling(max_new_tokens=max_new_tokens),
-                grid=grid, tokens=records.score_tokens(tokenizer, grid), seed=seed, with_scores=True,
-            )  # fmt: skip
+    tokens, judged = records.score_tokens(tokenizer, grid), []
+    while len(judged) < len(held):
+        batch = held[len(judged) : len(judged) + batch_size]
+        try:
+            with computing(bf16):
+                judged += judge(
+                    model, tokenizer, batch, sampling=Sampling(max_new_tokens=max_new_tokens), grid=grid, tokens=tokens,
+                    seed=seed, with_scores=True,
+                )  # fmt: skip
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise Fault(f"out of memory while judging a held-out prompt; {LESS_MEMORY}, or --eval-size 0") from None
+            batch_size //= 2
+            torch.cuda.empty_cache()
     model.train(was_training)
     unfinished = sum(not judgement.finished[0] for judgement in judged)
     predicted = [judgement.scores[0].expected for judgement in judged]

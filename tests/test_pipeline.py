@@ -157,6 +157,25 @@ def test_the_grid_travels_with_the_checkpoint(tiny_records, write_jsonl, run_scr
     run_script("eval", out, "--out", tmp_path / "eval", "--resamples", 10)
 
 
+def test_own_records_and_a_suffix_that_travels_with_the_checkpoint(gpt2_tokenizer, write_jsonl, run_script, tmp_path, capsys):
+    """Someone's own instruction, response and rubric, judged in one command, after words other than ours."""
+    random_model(gpt2_tokenizer).save_pretrained(tmp_path / "seed")
+    gpt2_tokenizer.save_pretrained(tmp_path / "seed")
+    rows = [{"instruction": f"Say {i}.", "response": str(i), "rubric": "Is it said?"} for i in range(4)]
+    scored = write_jsonl("scored.jsonl", [row | {"cot": "It is.", "score": 1 + i} for i, row in enumerate(rows)])
+    train = ["--model", tmp_path / "seed", "--data", scored, "--val-fraction", 0, "--epochs", 1]
+    run_script("stage1_train", *train, "--out", tmp_path / "p", "--suffix", "[RESULT]")
+    judge = ["--model", tmp_path / "p", "--data", write_jsonl("mine.jsonl", rows), "--max-new-tokens", 4]
+    run_script("predict", *judge, "--out", tmp_path / "judged.jsonl")
+    judged = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in judged] == ["1", "2", "3", "4"] and judged[0]["rubric"] == "Is it said?"
+    assert "###Score Rubrics:\nIs it said?" in judged[0]["prompt"] and len(judged[0]["score_probs"][0]) == 5
+    assert json.loads((tmp_path / "judged.run.json").read_text())["arguments"]["suffix"] == " [RESULT] "
+    with pytest.raises(SystemExit) as exit:
+        run_script("predict", *judge, "--out", tmp_path / "x.jsonl", "--suffix", "Score:")
+    assert exit.value.code == 2 and "leave --suffix away" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_defaults(script, run_script, capsys):
     with pytest.raises(SystemExit) as exit:
