@@ -18,7 +18,9 @@ import numpy as np
 from scipy import stats
 
 import records
-from records import Grid, InputError
+import runs
+from records import Grid
+from runs import InputError
 
 
 def correlation(of, a: np.ndarray, b: np.ndarray) -> float:
@@ -45,10 +47,10 @@ def bootstrap(
     runs are resampled as well. All columns see the same resampled records and runs, so that differences are paired.
     """
     random = np.random.default_rng(seed)
-    n, runs = len(true), max(map(len, map(np.atleast_2d, values.values())))
-    picks = [(range(runs), np.arange(n))]
+    n, seeds = len(true), max(map(len, map(np.atleast_2d, values.values())))
+    picks = [(range(seeds), np.arange(n))]
     for _ in range(resamples):
-        picks.append((random.integers(0, runs, runs) if runs > 1 else range(1), random.integers(0, n, n)))
+        picks.append((random.integers(0, seeds, seeds) if seeds > 1 else range(1), random.integers(0, n, n)))
 
     def on(pick: np.ndarray, column: np.ndarray, of) -> list[float]:
         return [of(run[pick], true[pick]) for run in np.atleast_2d(column)]
@@ -179,7 +181,7 @@ def compare(files: dict[str, list[dict]], grids: dict[str, Grid], *, resamples: 
         evaluated = [scored[path][id] for id in ids]
         finished = [f for row in evaluated for f in row["finished"]]
         entry = report["files"][path] = {
-            "sha256": records.sha256(path),
+            "sha256": runs.sha256(path),
             "grid": str(grids[path]),
             "records": len(rows),
             "without_score": len(rows) - len(scored[path]),
@@ -227,13 +229,13 @@ def show(report: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=records.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     parser.add_argument("predictions", nargs="*", default=["out/predictions.jsonl"], help="JSONL files of predict.py")
     parser.add_argument("--out", type=Path, default=Path("out/eval"), help="folder for metrics.json and figure.png")
     parser.add_argument("--grid", help="score grid; None: the one predict.py noted, else 1,2,3,4,5")
-    parser.add_argument("--cots", type=records.COUNT, help="use the first so many CoTs of each record; None: all")
+    parser.add_argument("--cots", type=runs.COUNT, help="use the first so many CoTs of each record; None: all")
     parser.add_argument("--renormalise", action="store_true", help="divide expected scores by the mass on the grid")
-    parser.add_argument("--resamples", type=records.COUNT, default=1000, help="bootstrap resamples of the records")
+    parser.add_argument("--resamples", type=runs.COUNT, default=1000, help="bootstrap resamples of the records")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the bootstrap")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation at --out")
     parser.add_argument("--logs", nargs="+", help="draw the held-out RMSE in these log.jsonl of training stages, and no more")
@@ -243,7 +245,7 @@ def main() -> None:
         draw_logs(args.logs, args.out / "training.png")
         print(f"{args.out}/training.png")
         return
-    records.choose_out(args.out / "metrics.json", args.overwrite)
+    runs.choose_out(args.out / "metrics.json", args.overwrite)
     if len(set(args.predictions)) < len(args.predictions):
         raise InputError("the same prediction file is given twice; give each once")
 
@@ -259,10 +261,10 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     draw(files, grids, report, args.out / "figure.png")
-    records.write_whole(args.out / "metrics.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    runs.write_whole(args.out / "metrics.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     show(report)
     print(f"{args.out}/metrics.json, {args.out}/figure.png")
 
 
 if __name__ == "__main__":
-    records.run(main)
+    runs.run(main)

@@ -26,9 +26,11 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import records
+import runs
 from loss import Rail, rail
 from models import device, has_bf16, head, load_model, load_tokenizer
-from records import Fault, Grid, InputError, ScoreTokens
+from records import Grid, ScoreTokens
+from runs import Fault, InputError
 
 
 class Sampling(NamedTuple):
@@ -249,34 +251,34 @@ class PartFile:
     def __init__(self, out: Path, settings: dict, overwrite: bool):
         if out.is_dir():
             raise InputError(f"{out}: a folder; give the name of a JSONL file as --out")
-        records.choose_out(out, overwrite)
+        runs.choose_out(out, overwrite)
         out.parent.mkdir(parents=True, exist_ok=True)
         self.out, self.path, self.done = out, Path(f"{out}.part"), {}
-        self.file = records.lock(self.path)
+        self.file = runs.lock(self.path)
         whole = b"" if overwrite else self.path.read_bytes()
         whole = whole[: whole.rfind(b"\n") + 1]
         self.file.truncate(len(whole))
         before, *done = [json.loads(line) for line in whole.splitlines()] or [None]
         settings = json.loads(json.dumps(settings))
         if before is None:
-            self.file.write(records.to_line(settings))
+            self.file.write(runs.to_line(settings))
         else:
-            records.same_settings(self.path, before, settings)
+            runs.same_settings(self.path, before, settings)
         self.done = {record["id"]: record for record in done}
         if self.done:
             print(f"{self.path}: going on after {len(self.done)} finished records")
 
     def add(self, record: dict) -> None:
         try:
-            self.file.write(records.to_line(record))
+            self.file.write(runs.to_line(record))
             self.file.flush()
         except OSError as error:
-            raise Fault(f"{self.path}: {error.strerror}; {records.GO_ON}") from None
+            raise Fault(f"{self.path}: {error.strerror}; {runs.GO_ON}") from None
         self.done[record["id"]] = record
 
     def finish(self, whole: list[dict]) -> None:
         """Write the records to OUT and remove OUT.part."""
-        records.write_whole(self.out, "".join(map(records.to_line, whole)))
+        runs.write_whole(self.out, "".join(map(runs.to_line, whole)))
         self.path.unlink()
         self.file.close()
 
@@ -306,15 +308,15 @@ def judge_file(
     Beside it, in OUT's name with .run.json, goes what was asked and counted; `facts` go there as they are.
     """
     started = time.time()
-    if records.read_run(model).get("no_cot") and sampling.max_new_tokens:
+    if runs.read_run(model).get("no_cot") and sampling.max_new_tokens:
         raise InputError(f"{model}: was trained without CoTs and can't write any; use it with predict.py --no-cot")
     grid = records.choose_grid(grid, suffix, model)
     all_records = records.read_records(data, grid=grid, need=need)
     tokenizer = load_tokenizer(model)
     tokens = records.score_tokens(tokenizer, grid)
-    settings = records.model_settings(model) | {
+    settings = runs.model_settings(model) | {
         "data": data,
-        "sha256": records.sha256(data),
+        "sha256": runs.sha256(data),
         "grid": str(grid),
         "suffix": grid.suffix,
     }
@@ -378,48 +380,48 @@ def judge_file(
         "unfinished": len(unfinished),
         "tokens_generated": generated,
     }
-    records.write_run(
+    runs.write_run(
         out.with_suffix(".run.json"), arguments=settings, inputs=[data], started=started,
         grid=str(grid), counts=counts, device=str(device()), bf16=has_bf16(),
     )  # fmt: skip
     part.finish(done)  # after run.json: where OUT is, everything is
-    records.report(sorted(too_long), f"left out, longer than --max-length {max_length} or than the model can read")
-    records.report(unfinished, "with a CoT that did not reach the suffix by itself")
+    runs.report(sorted(too_long), f"left out, longer than --max-length {max_length} or than the model can read")
+    runs.report(unfinished, "with a CoT that did not reach the suffix by itself")
     print(f"{out}: {len(done)} records")
 
 
 def make_parser(description: str, *, model: str, data: str, out: str) -> argparse.ArgumentParser:
     """The options of both scripts that generate."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=records.Help, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, formatter_class=runs.Help, allow_abbrev=False)
     group = parser.add_argument_group("what goes in and out")
     group.add_argument("--model", default=model, help=f"checkpoint folder, hub id or one of {', '.join(records.MODELS)}")
     group.add_argument("--data", default=data, help="JSONL file of records")
     group.add_argument("--out", type=Path, default=Path(out), help="JSONL file to write")
     group = parser.add_argument_group("sampling")
     paper = Sampling()
-    group.add_argument("--num-cots", type=records.COUNT, default=paper.num_cots, help="CoTs a prompt")
+    group.add_argument("--num-cots", type=runs.COUNT, default=paper.num_cots, help="CoTs a prompt")
     group.add_argument(
-        "--max-new-tokens", type=records.COUNT, default=paper.max_new_tokens, help="tokens; a longer CoT is unfinished"
+        "--max-new-tokens", type=runs.COUNT, default=paper.max_new_tokens, help="tokens; a longer CoT is unfinished"
     )
     group.add_argument(
-        "--temperature", type=records.WEIGHT, default=paper.temperature, help="0 always takes the most likely token"
+        "--temperature", type=runs.WEIGHT, default=paper.temperature, help="0 always takes the most likely token"
     )
     group.add_argument(
         "--top-p",
-        type=records.number(float, 1e-6, 1),
+        type=runs.number(float, 1e-6, 1),
         default=paper.top_p,
         help="sample from the smallest set of tokens with this mass",
     )
     group.add_argument(
-        "--repetition-penalty", type=records.number(float, 1e-6), default=paper.repetition_penalty, help="1 is none"
+        "--repetition-penalty", type=runs.number(float, 1e-6), default=paper.repetition_penalty, help="1 is none"
     )
-    group.add_argument("--batch-size", type=records.COUNT, default=32, help="sequences on the device at a time")
-    records.add_common_arguments(parser)
+    group.add_argument("--batch-size", type=runs.COUNT, default=32, help="sequences on the device at a time")
+    runs.add_common_arguments(parser)
     return parser
 
 
 def main() -> None:
-    parser = make_parser(__doc__, model="out/stage1", data=str(records.ROOT / "data/tiny/train.jsonl"), out="out/cots.jsonl")
+    parser = make_parser(__doc__, model="out/stage1", data=str(runs.ROOT / "data/tiny/train.jsonl"), out="out/cots.jsonl")
     args = vars(parser.parse_args())
     sampling = Sampling(**{name: args.pop(name) for name in Sampling._fields})
     judge_file(
@@ -429,4 +431,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    records.run(main)
+    runs.run(main)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import records
-from records import InputError
+from runs import InputError
 
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft still asks for it
 transformers_logging.set_verbosity_error()  # its tracebacks and hints would bury our one line

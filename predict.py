@@ -7,7 +7,7 @@ is the mean over N CoTs. With --no-cot the score follows the prompt: plain RAIL.
 records: annotated ones, or what another model wrote.
 """
 
-import records
+import runs
 from gen_cot import Judgement, Sampling, judge_file, make_parser
 from records import Grid, predicted, significant
 
@@ -27,9 +27,7 @@ def predictions(judgement: Judgement, grid: Grid, *, renormalise: bool) -> dict:
 
 
 def main() -> None:
-    parser = make_parser(
-        __doc__, model="out/stage2", data=str(records.ROOT / "data/tiny/test.jsonl"), out="out/predictions.jsonl"
-    )
+    parser = make_parser(__doc__, model="out/stage2", data=str(runs.ROOT / "data/tiny/test.jsonl"), out="out/predictions.jsonl")
     group = parser.add_argument_group("prediction")
     without = group.add_mutually_exclusive_group()
     without.add_argument("--no-cot", action="store_true", help="write no CoT: plain RAIL")
@@ -52,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    records.run(main)
+    runs.run(main)

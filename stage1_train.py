@@ -31,19 +31,21 @@ from transformers import get_cosine_schedule_with_warmup
 
 import models
 import records
+import runs
 from gen_cot import Sampling, judge
 from loss import Loss, cot_raft_loss, rail
 from models import Lora, device, has_bf16, head, load_tokenizer
-from records import IGNORE, TINY_SEED, Example, Fault, Grid, InputError
+from records import IGNORE, TINY_SEED, Example, Grid
+from runs import Fault, InputError
 
 # The paper's settings (arXiv 2503.04381, appendix, with LLaMA-Factory's defaults where it is silent) and those of the
 # embedded task, where a model of 0.4 M parameters has to learn from 1,500 records.
 PAPER = dict(
-    data=str(records.ROOT / "data/feedback_collection/train.jsonl"),
+    data=str(runs.ROOT / "data/feedback_collection/train.jsonl"),
     lr=1e-5, epochs=2, batch_size=1, accumulation=8, warmup=0.1, weight_decay=0.0, gradient_checkpointing=True,
 )  # fmt: skip
 EMBEDDED = dict(
-    data=str(records.ROOT / "data/tiny/train.jsonl"),
+    data=str(runs.ROOT / "data/tiny/train.jsonl"),
     lr=1e-3, epochs=4, batch_size=16, accumulation=1, warmup=0.05, weight_decay=0.01, gradient_checkpointing=False,
 )  # fmt: skip
 LORA_BY_DEFAULT = ("mistral-7b", "llama-3.1-8b", "prometheus-2-7b")
@@ -274,7 +276,7 @@ class State:
                 os.fsync(out.fileno())
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             beside.unlink(missing_ok=True)
-            raise Fault(f"{self.path}: can't be written ({str(error).splitlines()[0][:120]}); {records.GO_ON}") from None
+            raise Fault(f"{self.path}: can't be written ({str(error).splitlines()[0][:120]}); {runs.GO_ON}") from None
         beside.replace(self.path)
 
     def load(self) -> int:
@@ -290,7 +292,7 @@ class State:
         self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"])
         lines = self.log.read_text("utf-8").splitlines(keepends=True)[: state["step"]]
-        records.write_whole(self.log, "".join(lines))
+        runs.write_whole(self.log, "".join(lines))
         print(f"{self.path.parent}: going on after step {state['step']}")
         return state["step"]
 
@@ -401,9 +403,9 @@ def fit(
         del arguments[name]
     arguments |= {"grid": str(grid), "suffix": grid.suffix}
     settings = {name: value for name, value in arguments.items() if name not in ("out", "overwrite", "save_every")}
-    settings |= facts | records.model_settings(model) | {"sha256": records.sha256(data), "stage": stage}
+    settings |= facts | runs.model_settings(model) | {"sha256": runs.sha256(data), "stage": stage}
     settings = json.loads(json.dumps(settings, default=str))
-    records.choose_out(out, overwrite)
+    runs.choose_out(out, overwrite)
     torch.manual_seed(seed)
 
     # Records → examples
@@ -447,19 +449,19 @@ def fit(
     if dry_run:
         show(tokenizer, training, tokens, max_length=max_length, score_in_ce=not mask_score)
         print(json.dumps(arguments, indent=1, default=str, ensure_ascii=False))
-        records.report(sorted(too_long), f"left out, longer than --max-length {max_length}")
+        runs.report(sorted(too_long), f"left out, longer than --max-length {max_length}")
         print(f"{len(plan)} steps; nothing was loaded and nothing written")
         return
 
     # A run that was cut off here goes on, if it was the same
     part = Path(f"{out}.part")
     part.mkdir(parents=True, exist_ok=True)
-    kept = records.lock(part / "lock")
+    kept = runs.lock(part / "lock")
     if overwrite:
         (part / "state.pt").unlink(missing_ok=True)
     if (part / "state.pt").is_file():
-        records.same_settings(part, json.loads((part / "settings.json").read_text("utf-8")), settings)
-    records.write_whole(part / "settings.json", json.dumps(settings))
+        runs.same_settings(part, json.loads((part / "settings.json").read_text("utf-8")), settings)
+    runs.write_whole(part / "settings.json", json.dumps(settings))
 
     # Seed model → p_s (stage 1) or p_tract (stage 2)
     network = models.load_for_training(model, lora)
@@ -516,10 +518,10 @@ def fit(
             models.merged(str(part)).save_pretrained(part / "merged")
             tokenizer.save_pretrained(part / "merged")
     except SafetensorError as error:
-        raise Fault(f"{part}: the checkpoint can't be written ({error}); {records.GO_ON}") from None
+        raise Fault(f"{part}: the checkpoint can't be written ({error}); {runs.GO_ON}") from None
     log = [json.loads(line) for line in (part / "log.jsonl").read_text("utf-8").splitlines()]
     metrics = {name: log[-1].get(name) for name in ("held_out", "own_cots")}
-    records.write_run(
+    runs.write_run(
         part / "run.json", arguments=arguments, inputs=[data], started=started, stage=stage,
         grid=str(grid), suffix=grid.suffix, no_cot=no_cot,
         counts=counts | {"trained": len(training), "held_out": len(validation), "too_long": len(too_long)},
@@ -539,7 +541,7 @@ def fit(
         if values:
             shown = (f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
             print(f"{ON[name]:24} {'  '.join(shown)}")
-    records.report(sorted(too_long), f"left out, longer than --max-length {max_length}")
+    runs.report(sorted(too_long), f"left out, longer than --max-length {max_length}")
     print(f"{out}: stage {stage} done in {time.time() - started:.0f} s")
 
 
@@ -555,29 +557,30 @@ def fit_each(all_records: list[dict], *, lam: list[float], out: Path, overwrite:
     if len(lam) == 1 or dry_run:
         fit(all_records, lam=lam[0], out=out, **options)
         return
-    records.choose_out(out, overwrite)
-    runs = {}
+    runs.choose_out(out, overwrite)
+    tried = {}
     for value in lam:
         own = Path(f"{out}.lambda-{value:g}")
-        if (run := records.read_run(str(own))) and not overwrite:
-            now = json.loads(json.dumps(options | {"grid": str(options["grid"])}, default=str))
-            before = run["arguments"] | {"overwrite": overwrite}
-            records.same_settings(own, *({k: of[k] for k in before if k in now} for of in (before, now)))
+        if (run := runs.read_run(str(own))) and not overwrite:
+            now = options | {"grid": str(options["grid"]), "sha256": runs.sha256(options["data"])}
+            now = json.loads(json.dumps(now, default=str))
+            before = run["arguments"] | {"overwrite": overwrite, "sha256": run["inputs"][options["data"]]}
+            runs.same_settings(own, *({k: of[k] for k in before if k in now} for of in (before, now)))
         else:
             fit(all_records, lam=value, out=own, **options)
-        runs[value] = records.read_run(str(own))
+        tried[value] = runs.read_run(str(own))
     judged_on = "held_out" if options["no_cot"] else "own_cots"
-    if not all(run[judged_on] for run in runs.values()):
+    if not all(run[judged_on] for run in tried.values()):
         raise InputError(f"{out}: no prompt is held out to choose λ on; raise --val-fraction")
     print(f"\n{'λ':>6}  {'RMSE, own CoTs':>14}  {'r':>6}  {'RMSE, CoTs as given':>19}  {'r':>6}")
-    for value, run in runs.items():
+    for value, run in tried.items():
         cells = [run[on][metric] if run[on] else None for on in ("own_cots", "held_out") for metric in ("rmse", "pearson")]
         cells = ["–" if cell is None else f"{cell:.3f}" for cell in cells]
         print(f"{value:>6g}  {cells[0]:>14}  {cells[1]:>6}  {cells[2]:>19}  {cells[3]:>6}")
-    best = min(runs, key=lambda value: runs[value][judged_on]["rmse"])
+    best = min(tried, key=lambda value: tried[value][judged_on]["rmse"])
     chosen = Path(f"{out}.lambda-{best:g}")
-    lambdas = {f"{value:g}": {on: run[on] for on in ("own_cots", "held_out")} for value, run in runs.items()}
-    records.write_whole(chosen / "run.json", json.dumps(runs[best] | {"lambdas": lambdas}, indent=2, ensure_ascii=False) + "\n")
+    lambdas = {f"{value:g}": {on: run[on] for on in ("own_cots", "held_out")} for value, run in tried.items()}
+    runs.write_whole(chosen / "run.json", json.dumps(tried[best] | {"lambdas": lambdas}, indent=2, ensure_ascii=False) + "\n")
     if out.exists():
         shutil.rmtree(out)
     chosen.rename(out)
@@ -586,7 +589,7 @@ def fit_each(all_records: list[dict], *, lam: list[float], out: Path, overwrite:
 
 def weights(text: str) -> list[float]:
     """An argparse type: weights, separated by commas."""
-    return [records.WEIGHT(part) for part in text.split(",")]
+    return [runs.WEIGHT(part) for part in text.split(",")]
 
 
 def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
@@ -594,12 +597,12 @@ def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", default=TINY_SEED)
     model = first.parse_known_args()[0].model
-    seed = records.read_run(model).get("arguments", {}).get("model", model)  # p_s is trained on as its seed was (A.4)
+    seed = runs.read_run(model).get("arguments", {}).get("model", model)  # p_s is trained on as its seed was (A.4)
     embedded = Path(seed).resolve() == Path(TINY_SEED)
     large = models.resolve(seed) in map(models.resolve, LORA_BY_DEFAULT)
     data = {} if stage == 1 else {"data": "out/cots.jsonl"}
 
-    parser = argparse.ArgumentParser(description=description, formatter_class=records.Help, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, formatter_class=runs.Help, allow_abbrev=False)
     group = parser.add_argument_group("what goes in and out")
     group.add_argument(
         "--model", default=TINY_SEED, help=f"seed model: a folder, a hub id or one of {', '.join(records.MODELS)}"
@@ -607,11 +610,9 @@ def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
     group.add_argument("--data", help="JSONL file of records")
     group.add_argument("--out", type=Path, default=Path(f"out/stage{stage}"), help="folder of the checkpoint")
     group.add_argument("--no-cot", action="store_true", help="train on the score alone, without any CoT")
+    group.add_argument("--val-fraction", type=runs.SHARE, default=0.05, help="share of the prompts held out, chosen by --seed")
     group.add_argument(
-        "--val-fraction", type=records.SHARE, default=0.05, help="share of the prompts held out, chosen by --seed"
-    )
-    group.add_argument(
-        "--eval-every", type=records.COUNT, help="steps after which held-out prompts are judged; None: after each epoch"
+        "--eval-every", type=runs.COUNT, help="steps after which held-out prompts are judged; None: after each epoch"
     )
     group.add_argument("--eval-size", type=int, default=100, help="held-out records judged with self-generated CoTs")
     group.add_argument("--dry-run", action="store_true", help="say what would be trained on and what it takes; load no weights")
@@ -619,8 +620,8 @@ def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
     either = group.add_mutually_exclusive_group()
     either.add_argument("--full", action="store_true", help="all weights, in fp32")
     either.add_argument("--lora", action="store_false", dest="full", help="adapters on all linear layers; the base is frozen")
-    group.add_argument("--lora-rank", type=records.COUNT, default=Lora().rank, help="of the adapters")
-    group.add_argument("--lora-alpha", type=records.COUNT, default=Lora().alpha, help="adapters are scaled by alpha / rank")
+    group.add_argument("--lora-rank", type=runs.COUNT, default=Lora().rank, help="of the adapters")
+    group.add_argument("--lora-alpha", type=runs.COUNT, default=Lora().alpha, help="adapters are scaled by alpha / rank")
     group.add_argument("--merge", action="store_true", help="with LoRA: also write the merged model, in fp32, to OUT/merged")
     group = parser.add_argument_group("loss: ce-weight · CE + λ · squared error")
     group.add_argument(
@@ -630,7 +631,7 @@ def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
         default="1",
         help="λ, weight of the squared error; 0 leaves CE; of several, as in 0.3,1,3, the best is kept",
     )
-    group.add_argument("--ce-weight", type=records.WEIGHT, default=1.0, help="weight of the cross-entropy; 0 leaves pure RAFT")
+    group.add_argument("--ce-weight", type=runs.WEIGHT, default=1.0, help="weight of the cross-entropy; 0 leaves pure RAFT")
     group.add_argument(
         "--mask-score", action="store_true", help="keep the score token out of the CE, as the authors' code does"
     )
@@ -638,25 +639,25 @@ def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
         "--ce-sum", action="store_true", help="CE summed over a sequence, as in the formula, not its mean over tokens"
     )
     group = parser.add_argument_group("optimiser")
-    group.add_argument("--lr", type=records.WEIGHT, help="peak learning rate of AdamW")
-    group.add_argument("--epochs", type=records.COUNT, help="passes over the data")
-    group.add_argument("--batch-size", type=records.COUNT, help="sequences on the device at a time")
-    group.add_argument("--accumulation", type=records.COUNT, help="batches an optimiser step")
-    group.add_argument("--warmup", type=records.SHARE, help="share of the steps with rising learning rate; a cosine follows")
-    group.add_argument("--weight-decay", type=records.WEIGHT, help="of weight matrices")
-    group.add_argument("--clip", type=records.WEIGHT, default=1.0, help="largest norm of the gradient")
+    group.add_argument("--lr", type=runs.WEIGHT, help="peak learning rate of AdamW")
+    group.add_argument("--epochs", type=runs.COUNT, help="passes over the data")
+    group.add_argument("--batch-size", type=runs.COUNT, help="sequences on the device at a time")
+    group.add_argument("--accumulation", type=runs.COUNT, help="batches an optimiser step")
+    group.add_argument("--warmup", type=runs.SHARE, help="share of the steps with rising learning rate; a cosine follows")
+    group.add_argument("--weight-decay", type=runs.WEIGHT, help="of weight matrices")
+    group.add_argument("--clip", type=runs.WEIGHT, default=1.0, help="largest norm of the gradient")
     group.add_argument(
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
         help="recompute activations: slower, far less memory",
     )
     group.add_argument(
-        "--save-every", type=records.COUNT, default=200, help="steps after which the whole state is saved, to go on from"
+        "--save-every", type=runs.COUNT, default=200, help="steps after which the whole state is saved, to go on from"
     )
     group.add_argument(
-        "--max-bad-steps", type=records.COUNT, default=10, help="stop after this many steps in a row that are not finite"
+        "--max-bad-steps", type=runs.COUNT, default=10, help="stop after this many steps in a row that are not finite"
     )
-    records.add_common_arguments(parser)
+    runs.add_common_arguments(parser)
     parser.set_defaults(**(EMBEDDED if embedded else PAPER) | data | {"full": not large})
     return parser
 
@@ -674,4 +675,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    records.run(main)
+    runs.run(main)

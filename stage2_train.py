@@ -7,7 +7,8 @@ worth. It starts from the seed, not from p_s, which has already learned to trust
 """
 
 import records
-from records import InputError
+import runs
+from runs import InputError
 from stage1_train import fit_each, make_parser
 
 
@@ -18,7 +19,7 @@ def main() -> None:
     group.add_argument("--continue-from-stage1", action="store_true", help="--model is p_s and this is meant (ablation A.4)")
     args = parser.parse_args()
 
-    stage = records.read_run(args.model).get("stage")
+    stage = runs.read_run(args.model).get("stage")
     if stage is not None and not args.continue_from_stage1:
         raise InputError(
             f"{args.model}: the checkpoint of stage {stage}, but stage 2 starts from the seed model; "
@@ -35,8 +36,8 @@ def main() -> None:
 
     unfinished = [r["id"] for r in all_records if len(cots_of(r)) < len(r["cots"])]
     fit_each(all_records, stage=2, cots_of=cots_of, unfinished=len(unfinished), **vars(args))
-    records.report(unfinished, "with a CoT left out because it did not reach the suffix (--keep-unfinished keeps it)")
+    runs.report(unfinished, "with a CoT left out because it did not reach the suffix (--keep-unfinished keeps it)")
 
 
 if __name__ == "__main__":
-    records.run(main)
+    runs.run(main)

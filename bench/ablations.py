@@ -31,8 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import eval  # noqa: E402
 import records  # noqa: E402
+import runs  # noqa: E402
 from data.tiny import ideal  # noqa: E402
-from records import Fault, InputError  # noqa: E402
+from runs import Fault, InputError  # noqa: E402
 
 MODEL = "data/tiny/seed"
 MAIN = ["seed", "ce-no-cot", "raft", "raft-pure", "ce", "a1", "a2", "a4", "tract"]
@@ -295,7 +296,7 @@ def summarise(plans: dict[int, Plan], rows: list[str], *, resamples: int) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=records.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     names = [name for group in GROUPS.values() for name in group]
     parser.add_argument(
         "--rows",
@@ -306,11 +307,11 @@ def main() -> None:
         help=", ".join(GROUPS) + " or " + " ".join(names),
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], metavar="SEED", help="training seeds")
-    parser.add_argument("--jobs", type=records.COUNT, default=os.cpu_count(), help="commands at a time")
+    parser.add_argument("--jobs", type=runs.COUNT, default=os.cpu_count(), help="commands at a time")
     parser.add_argument("--split", choices=("valid", "test"), default="test", help="what to test on")
-    parser.add_argument("--num-cots", type=records.COUNT, default=5, help="CoTs a prompt in the main rows")
+    parser.add_argument("--num-cots", type=runs.COUNT, default=5, help="CoTs a prompt in the main rows")
     parser.add_argument("--settings", type=Path, default=ROOT / "results/ablations/settings.json", help="frozen settings")
-    parser.add_argument("--resamples", type=records.COUNT, default=1000, help="bootstrap resamples of seeds and records")
+    parser.add_argument("--resamples", type=runs.COUNT, default=1000, help="bootstrap resamples of seeds and records")
     parser.add_argument("--out", type=Path, default=Path("out/ablations"), help="folder of everything that is made")
     parser.add_argument("--show", action="store_true", help="print the commands and run nothing")
     args = parser.parse_args()
@@ -334,9 +335,9 @@ def main() -> None:
         for name in (("test", "test_ood") if args.split == "test" else (args.split,))
         for real in (False, True)
     }
-    records.write_whole(args.out / "metrics.json", json.dumps(report, indent=1) + "\n")
+    runs.write_whole(args.out / "metrics.json", json.dumps(report, indent=1) + "\n")
     print(f"{args.out}/metrics.json")
 
 
 if __name__ == "__main__":
-    records.run(main)
+    runs.run(main)

@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import records  # noqa: E402
+import runs  # noqa: E402
 
 FILES = {  # the files of a stage that must be the same in every byte
     "stage1": ["stage1/model.safetensors", "stage1/log.jsonl"],
@@ -174,7 +175,7 @@ def cost_of_state(out: Path, *, save_every: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=records.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     parser.add_argument("--out", type=Path, default=Path("out/faults.json"), help="JSON file to write")
     parser.add_argument("--kills", type=int, default=10, help="kills a stage")
     parser.add_argument("--records", type=int, default=600, help="records of the embedded task to work on")
@@ -206,9 +207,9 @@ def main() -> None:
         add(total, {key: value for key, value in stage["killed"].items() if "seconds" not in key})
     report["total"] = total
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    records.write_whole(args.out, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    runs.write_whole(args.out, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     print(json.dumps({"total": total, "state": report["state"]}))
 
 
 if __name__ == "__main__":
-    records.run(main)
+    runs.run(main)

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import models  # noqa: E402
-import records  # noqa: E402
+import runs  # noqa: E402
 from loss import cot_raft_loss  # noqa: E402
 from models import Lora  # noqa: E402
 from records import IGNORE, Example  # noqa: E402
@@ -126,10 +126,10 @@ def measure(config, lora: Lora | None, *, sequences: int, length: int, gradient_
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=records.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     parser.add_argument("--model", help="alias, folder or hub id whose shape is taken; None: two small shapes")
-    parser.add_argument("--sequences", type=records.COUNT, default=4, help="in a batch")
-    parser.add_argument("--length", type=records.COUNT, default=512, help="tokens a sequence")
+    parser.add_argument("--sequences", type=runs.COUNT, default=4, help="in a batch")
+    parser.add_argument("--length", type=runs.COUNT, default=512, help="tokens a sequence")
     parser.add_argument("--only", choices=("full", "lora"), help="one of both ways to train")
     parser.add_argument("--out", type=Path, help="JSON file; None: only print")
     parser.add_argument("--fit", action="store_true", help="only print what is expected of the 7B and 8B models")
@@ -152,9 +152,9 @@ def main() -> None:
                 )
     report = {"device": str(models.device()), "machine": platform.machine(), "torch": torch.__version__, "cases": cases}
     if args.out:
-        records.write_whole(args.out, json.dumps(report, indent=1) + "\n")
+        runs.write_whole(args.out, json.dumps(report, indent=1) + "\n")
     print(json.dumps({"device": report["device"], "ratios": [case["expected_to_measured"] for case in cases]}))
 
 
 if __name__ == "__main__":
-    records.run(main)
+    runs.run(main)

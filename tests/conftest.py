@@ -124,10 +124,11 @@ def run_script(monkeypatch):
     import importlib
 
     def run(script: str, *arguments) -> None:
-        import records
+
+        import runs
 
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-        records.run(importlib.import_module(script).main)
+        runs.run(importlib.import_module(script).main)
 
     return run
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import models
 import records
+import runs
 import stage1_train
 from bench import memory
 from models import Lora
@@ -23,7 +24,7 @@ from records import IGNORE, Example
 def adapter(tmp_path_factory, tiny_records):
     """Stage 1 with LoRA on the embedded task, merged as well."""
     folder = tmp_path_factory.mktemp("lora")
-    (folder / "train.jsonl").write_text("".join(map(records.to_line, tiny_records[:60])))
+    (folder / "train.jsonl").write_text("".join(map(runs.to_line, tiny_records[:60])))
     options = ["--lora", "--merge", "--lora-rank", "4", "--epochs", "2", "--lr", "0.01", "--eval-size", "2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["", "--data", str(folder / "train.jsonl"), "--out", str(folder / "p_s"), *options])
@@ -166,7 +167,7 @@ def test_several_lambdas_and_the_best_is_kept(tiny_records, write_jsonl, run_scr
         run_script("stage1_train", *options, "--lambda", "0.5,4", "--lr", 0.1)
     assert "lr was 0.001, is 0.1" in capsys.readouterr().err
     run_script("stage1_train", *options, "--lambda", "0.5,4")
-    run = records.read_run(str(out))
+    run = runs.read_run(str(out))
     own = {value: metrics["own_cots"]["rmse"] for value, metrics in run["lambdas"].items()}
     best = min(own, key=own.get)
     assert f"λ = {best}" in capsys.readouterr().out and run["arguments"]["lam"] == float(best) and set(own) == {"0.5", "4"}

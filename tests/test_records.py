@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 import records
-from records import IGNORE, SUFFIX, Grid, InputError
+import runs
+from records import IGNORE, SUFFIX, Grid
+from runs import InputError
 from stage1_train import collate
 
 GRID = Grid()
@@ -165,14 +167,14 @@ def test_long_records_are_left_out_not_cut(capsys):
     assert records.too_long({"a": 5, "b": 9, "c": 6}, 6) == {"b"}
     with pytest.raises(InputError, match="all 2 records are longer than --max-length 3"):
         records.too_long({"a": 4, "b": 9}, 3)
-    records.report([f"r{i}" for i in range(7)], "left out")
+    runs.report([f"r{i}" for i in range(7)], "left out")
     assert capsys.readouterr().out == "7 records left out: r0, r1, r2, r3, r4, …\n"
 
 
 def test_any_language_and_unknown_fields_pass_unharmed(write_jsonl, tmp_path):
     row = {"id": "ä", "prompt": "Оцени: 東京 🙂\u2028", "cot": "جيد", "score": 4.5, "mine": {"kept": [1]}}
     read = records.read_records(write_jsonl("a.jsonl", [row]), grid=GRID, need=("id", "prompt", "cot", "score"))
-    records.write_whole(tmp_path / "b.jsonl", "".join(map(records.to_line, read)))
+    runs.write_whole(tmp_path / "b.jsonl", "".join(map(runs.to_line, read)))
     assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
     assert read == [row]
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig
 
 import models
 import records
+import runs
 import stage1_train
 from loss import cot_raft_loss
 from records import IGNORE, Example, Grid
@@ -147,7 +148,7 @@ def test_checkpoint_opens_without_us_and_run_json_tells_all(tiny_records, write_
     assert model.dtype == torch.float32 and tokenizer.chat_template
     run = json.loads((out / "run.json").read_text())
     assert run["grid"] == "1=1,2=2,3=3,4=4,5=5" and run["stage"] == 1 and run["arguments"]["lr"] == 1e-3
-    assert run["inputs"] == {str(data): records.sha256(data)}
+    assert run["inputs"] == {str(data): runs.sha256(data)}
     assert run["counts"]["trained"] + run["counts"]["held_out"] == 60 and run["counts"]["too_long"] == 1
     assert run["held_out"]["n"] == run["counts"]["held_out"] and run["held_out"]["rmse"] > 0
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -173,7 +174,7 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path):
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
     config = CohereConfig(**small, vocab_size=VOCABULARY, logit_scale=0.0625, initializer_range=0.5)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(records.InputError, match="scales or caps its logits"):
+    with pytest.raises(runs.InputError, match="scales or caps its logits"):
         models.load_model(str(tmp_path), dtype=torch.float32)
 
 
@@ -254,7 +255,7 @@ def test_a_second_process_on_the_same_output_is_refused(tiny_records, write_json
     (tmp_path / "stage1.part").mkdir()
     for script, out, held in (("stage1_train", "stage1", "stage1.part/lock"), ("predict", "p.jsonl", "p.jsonl.part")):
         model = ["--model", records.TINY_SEED, "--data", data]
-        with records.lock(tmp_path / held), pytest.raises(SystemExit) as exit:
+        with runs.lock(tmp_path / held), pytest.raises(SystemExit) as exit:
             run_script(script, *model, "--out", tmp_path / out)
         assert exit.value.code == 2 and "another process is writing this output" in capsys.readouterr().err
 
@@ -304,7 +305,7 @@ def test_a_full_disk_is_one_message_and_loses_nothing(script, tiny_records, writ
         resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
     error, code = capsys.readouterr().err.strip().splitlines(), exit.value.code
     del exit  # and with it the frame that holds the lock
-    assert code == 1 and error[-1].startswith(f"{out}.part") and error[-1].endswith(records.GO_ON)
+    assert code == 1 and error[-1].startswith(f"{out}.part") and error[-1].endswith(runs.GO_ON)
     assert not out.exists() and (tmp_path / "out.part").exists()
     run_script(script, *arguments)
     assert out.exists() and not (tmp_path / "out.part").exists()

@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import records
-from records import InputError
+import runs
+from runs import InputError
 
 HUB_ID = "prometheus-eval/Feedback-Collection"
 RESULT = re.compile(r"\[RESULT\]\s*(\d+)")
@@ -36,7 +37,7 @@ def convert(row: dict, number: int) -> dict | str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=records.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     parser.add_argument("--file", help="local JSON array or JSONL file; None: the hub data set")
     parser.add_argument("--out", default=str(Path(__file__).parent / "train.jsonl"), help="JSONL file of training records")
     args = parser.parse_args()
@@ -56,11 +57,11 @@ def main() -> None:
     marked = sum(
         isinstance(m, dict) and "So the overall" in (row.get("output") or "") for row, m in zip(rows, made, strict=True)
     )
-    records.write_whole(args.out, "".join(map(records.to_line, kept)))
+    runs.write_whole(args.out, "".join(map(runs.to_line, kept)))
     print(f"{len(rows)} rows read, {len(kept)} kept, {len(kept) - marked} of them without 'So the overall' in their feedback")
     print(left_out, end="")
     print(f"{args.out}: {len(kept)} records; stage 1 holds out 5 % of their prompts, chosen by its --seed")
 
 
 if __name__ == "__main__":
-    records.run(main)
+    runs.run(main)

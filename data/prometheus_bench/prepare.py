@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import records
+import runs
 
 
 def as_list(value) -> list:
@@ -46,7 +47,7 @@ def feedbacks(item: dict, record: dict) -> list[dict | str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=records.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     parser.add_argument("file", help="JSON array of bench items")
     parser.add_argument("--out", required=True, help="JSONL file of test records")
     parser.add_argument(
@@ -57,15 +58,15 @@ def main() -> None:
     items, name = records.read_items(args.file), Path(args.file).stem
     made = [convert(item, f"{name}-{number:04}", args.label) for number, item in enumerate(items)]
     test, left_out = records.sort_out(made, args.file)
-    records.write_whole(args.out, "".join(map(records.to_line, test)))
+    runs.write_whole(args.out, "".join(map(runs.to_line, test)))
     print(f"{len(items)} items read, {len(test)} kept\n{left_out}{args.out}: {len(test)} records")
     if args.train:
         pairs = zip(items, made, strict=True)
         found = [f for item, record in pairs if isinstance(record, dict) for f in feedbacks(item, record)]
         train, left_out = records.sort_out(found, args.file)
-        records.write_whole(args.train, "".join(map(records.to_line, train)))
+        runs.write_whole(args.train, "".join(map(runs.to_line, train)))
         print(f"{len(found)} feedbacks read, {len(train)} kept\n{left_out}{args.train}: {len(train)} records")
 
 
 if __name__ == "__main__":
-    records.run(main)
+    runs.run(main)

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenize
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 import records  # noqa: E402
+import runs  # noqa: E402
 from data.tiny.prepare import WORDS, sample  # noqa: E402
 from loss import cot_raft_loss  # noqa: E402
 from models import device  # noqa: E402
@@ -52,7 +53,7 @@ def make_model(tokenizer, seed: int):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=records.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     parser.add_argument("--out", type=Path, default=HERE / "seed", help="checkpoint folder")
     parser.add_argument("--steps", type=int, default=800, help="optimiser steps of 32 fresh records")
     parser.add_argument("--seed", type=int, default=0, help="random seed")

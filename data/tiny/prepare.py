@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import records
+import runs
 
 STEPS = "ABCD"
 TONES = ["rude", "vague", "plain", "clear", "warm"]  # worth 0 .. 4
@@ -107,7 +107,7 @@ def main() -> None:
             draw = sample(rng, judging)
             record = {"id": f"{split}-{i:04}", "prompt": draw["prompt"], "cot": draw["cot"]}
             lines.append(json.dumps(record | {"score": TARGETS[args.targets](draw)}) + "\n")
-        records.write_whole(path, "".join(lines))
+        runs.write_whole(path, "".join(lines))
         print(f"{path}: {len(lines)} records")
 
 
