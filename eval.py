@@ -24,15 +24,15 @@ from runs import InputError
 
 
 def correlation(of, a: np.ndarray, b: np.ndarray) -> float:
-    """A scipy correlation, NaN where one side is constant and it is undefined."""
-    return math.nan if a.std() == 0 or b.std() == 0 else float(of(a, b)[0])
+    """A correlation, NaN where one side is constant and it is undefined."""
+    return math.nan if np.ptp(a) == 0 or np.ptp(b) == 0 else float(of(a, b))
 
 
 KINDS = ("prediction", "decoded")  # CoT-RAIL, and the most likely score
 METRICS = {  # (predicted (n,), true (n,)) → number
-    "pearson": lambda p, y: correlation(stats.pearsonr, p, y),
-    "spearman": lambda p, y: correlation(stats.spearmanr, p, y),
-    "kendall": lambda p, y: correlation(stats.kendalltau, p, y),
+    "pearson": lambda p, y: correlation(lambda p, y: np.corrcoef(p, y)[0, 1], p, y),
+    "spearman": lambda p, y: correlation(lambda p, y: stats.spearmanr(p, y)[0], p, y),
+    "kendall": lambda p, y: correlation(lambda p, y: stats.kendalltau(p, y)[0], p, y),
     "rmse": lambda p, y: float(np.sqrt(np.mean((p - y) ** 2))),
     "mae": lambda p, y: float(np.mean(np.abs(p - y))),
 }

@@ -47,6 +47,16 @@ SCALE = [
     for loss in ("ce", "tract")
 ]
 GROUPS = {"main": MAIN, "sweeps": SWEEPS, "scale": SCALE}
+CLAIMS = [  # a row and reading that the paper, or this page, says is better than another
+    (("tract", "rail"), ("a1", "rail")),
+    (("tract", "rail"), ("raft", "rail")),
+    (("tract", "rail"), ("a2", "decoded")),
+    (("tract", "rail"), ("a2", "rail")),
+    (("tract", "rail"), ("a4", "rail")),
+    (("raft", "rail"), ("ce-no-cot", "decoded")),
+    (("raft", "rail"), ("ce-no-cot", "rail")),
+    (("few-tract", "rail"), ("few-ce", "rail")),
+]
 FEW = 300  # training records of the rows with few data; as many epochs more as they are fewer
 
 
@@ -258,7 +268,7 @@ def summarise(plans: dict[int, Plan], rows: list[str], *, resamples: int) -> dic
     row's reference (CoT-RAIL) with a 95 % interval from resampling seeds and test records."""
     columns: dict = {}  # (test, real-valued or not) → (row, reading) → (S, n)
     true: dict = {}
-    cells, variances = [], {}
+    cells, claims, variances = [], [], {}
     for row in rows:
         for test in plans[min(plans)].predictions[row]:
             read = [readings(p.predictions[row][test]) for p in plans.values()]
@@ -288,9 +298,16 @@ def summarise(plans: dict[int, Plan], rows: list[str], *, resamples: int) -> dic
                 cell["difference"] = {m: eval.interval(s - base[m]) for m, s in samples[row, test, reading].items()}
                 cell["reference"] = reference(row)
             cells.append(cell)
+        for better, worse in CLAIMS:
+            names = [(row, key[0], reading) for row, reading in (better, worse)]
+            if all(name in samples for name in names):
+                of, than = (samples[name] for name in names)
+                difference = {m: eval.interval(of[m] - than[m]) for m in of}
+                claims.append({"test": key[0], "better": better, "than": worse, "difference": difference})
     return {
         "records": {f"{t}{'_real' if r else ''}": len(y) for (t, r), y in true.items()},
         "cells": cells,
+        "claims": claims,
         "variance": variances,
     }
 
