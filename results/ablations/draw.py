@@ -139,10 +139,8 @@ def tables(report: dict) -> str:
                     cells.difference(ce, "pearson", test=test_on), cells.difference(ce, "rmse", test=test_on),
                 ])  # fmt: skip
     header = ["grid", "training targets", "domain", "TRACT, r", "CE, r", "TRACT, RMSE", "CE, RMSE", "Δr of CE", "ΔRMSE of CE"]
-    text += (
-        "\n## Grids coarser than the targets\n\nStage 2 with either loss on the same CoTs, those of p_s; CoT-RAIL; all tested on real-valued targets.\n\n"
-        + table(header, rows)
-    )
+    text += "\n## Grids coarser than the targets\n\nStage 2 with either loss on the same CoTs, those of p_s; CoT-RAIL; "
+    text += "all tested on real-valued targets.\n\n" + table(header, rows)
     return text
 
 
