@@ -112,7 +112,7 @@ def test_a_finished_row_is_summed_up(tmp_path):
 def test_variance_is_split_into_cots_and_records():
     rng = np.random.default_rng(0)
     each = 2 * rng.normal(size=(20000, 1)) + rng.normal(size=(20000, 5))
-    assert ablations.variance(each) == pytest.approx({"within": 1, "between": 4}, rel=0.05)
+    assert ablations.variance(each) == pytest.approx({"within": 1, "between": 4}, rel=0.03)
 
 
 def test_ideal_judges_know_how_the_task_is_drawn():
@@ -124,6 +124,8 @@ def test_ideal_judges_know_how_the_task_is_drawn():
     for name in predicted[0]:
         column = np.array([p[name] for p in predicted])
         assert column.mean() == pytest.approx(ratings.mean(), abs=0.05)
+    errors = {name: np.mean([(p[name] - y) ** 2 for p, y in zip(predicted, ratings, strict=True)]) for name in predicted[0]}
+    assert errors["two-stage"] < errors["no-cot"] < errors["one-stage"]  # trusting one's own verdict costs more than no CoT
     two_stage = np.array([p["two-stage"] for p in predicted])
     for value in np.unique(two_stage):
         same = two_stage == value
