@@ -133,7 +133,7 @@ def test_ideal_judges_know_how_the_task_is_drawn():
     leaked = np.array([prepare.VERDICTS.index(draw["cot"].split()[3]) for draw in draws])
     for rating in range(1, 6):
         shares = np.bincount(leaked[ratings == rating], minlength=5) / (ratings == rating).sum()
-        assert shares == pytest.approx(ideal.LEAK[rating - 1], abs=0.06)
+        assert shares == pytest.approx(ideal.VERDICT_PROBS[rating - 1], abs=0.06)
 
 
 def test_committed_tables_come_from_the_committed_numbers(tmp_path):

@@ -21,20 +21,16 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from data.tiny.prepare import SKILLS, STEPS, TONES, TRAINING
+from data.tiny.prepare import LEAK, NOISE, SKILLS, STEPS, TONES, TRAINING, quality
 from eval import METRICS
 
 RATINGS = np.arange(1, 6)
 
 
-def quality(right: int, tone: int) -> float:
-    return 1 + 4 * (TRAINING.weight * right / len(STEPS) + (1 - TRAINING.weight) * tone / 4)
-
-
 def rating_probs(right: int, tone: int) -> np.ndarray:
     """p(rating | right claims, tone), (5,): a normal around the quality in bins, and the shy rater's 3."""
     edges = [-math.inf, 1.5, 2.5, 3.5, 4.5, math.inf]
-    below = np.array([0.5 * (1 + math.erf((edge - quality(right, tone)) / (0.7 * math.sqrt(2)))) for edge in edges])
+    below = np.array([0.5 * (1 + math.erf((edge - quality(TRAINING, right, tone)) / (NOISE * math.sqrt(2)))) for edge in edges])
     return TRAINING.shy * (RATINGS == 3) + (1 - TRAINING.shy) * np.diff(below)
 
 
@@ -44,9 +40,9 @@ def right_probs() -> np.ndarray:
     return np.array([np.mean([math.comb(n, r) * s**r * (1 - s) ** (n - r) for s in SKILLS]) for r in counts])
 
 
-# p(verdict | rating), rows are ratings: the rating with .65, else one off
-LEAK = np.array(
-    [[0.65 if v == y else (0.35 / (1 if y in (1, 5) else 2)) * (abs(v - y) == 1) for v in RATINGS] for y in RATINGS]
+# p(verdict | rating), rows are ratings
+VERDICT_PROBS = np.array(
+    [[LEAK if v == y else ((1 - LEAK) / (1 if y in (1, 5) else 2)) * (abs(v - y) == 1) for v in RATINGS] for y in RATINGS]
 )
 
 
@@ -57,12 +53,12 @@ def predict(record: dict, *, real: bool = False) -> dict[str, float]:
 
     def expected(probs: np.ndarray, right: int) -> float:
         rating = float(probs @ RATINGS)
-        return (rating + quality(right, tone)) / 2 if real else rating
+        return (rating + quality(TRAINING, right, tone)) / 2 if real else rating
 
     by_right = [rating_probs(r, tone) for r in range(len(STEPS) + 1)]
-    verdict_probs = right_probs() @ np.array(by_right) @ LEAK
+    verdict_probs = right_probs() @ np.array(by_right) @ VERDICT_PROBS
     verdict = random.Random(record["id"]).choices(range(5), verdict_probs)[0]
-    posterior = by_right[right] * LEAK[:, verdict]
+    posterior = by_right[right] * VERDICT_PROBS[:, verdict]
     return {
         "no-cot": float(right_probs() @ [expected(probs, r) for r, probs in enumerate(by_right)]),
         "one-stage": expected(posterior / posterior.sum(), right),

@@ -22,6 +22,8 @@ import runs
 STEPS = "ABCD"
 TONES = ["rude", "vague", "plain", "clear", "warm"]  # worth 0 .. 4
 VERDICTS = ["poor", "weak", "fair", "good", "great"]  # for a rating of 1 .. 5
+NOISE = 0.7  # standard deviation of a rating around its mean
+LEAK = 0.65  # chance that the verdict word is the rating; else it is one off
 SKILLS = [0.1, 0.35, 0.6, 0.8, 0.95]  # chance that a claim is right, one skill a response
 DIGITS = [str(d) for d in range(10)]
 WORDS = (
@@ -57,6 +59,11 @@ TARGETS = {  # what `score` holds, of a draw
 }
 
 
+def quality(judging: Judging, right: int, tone: int) -> float:
+    """What the rater's mean is, before it is clipped, for so many right claims and a tone of 0 to 4."""
+    return judging.offset + 1 + 4 * (judging.weight * right / len(STEPS) + (1 - judging.weight) * tone / 4)
+
+
 def sample(rng: random.Random, judging: Judging = TRAINING, *, random_verdict: bool = False) -> dict:
     """Draw `prompt`, annotated `cot`, `rating` and `quality`; `random_verdict` draws the verdict word without the rating."""
     start, skill = rng.randrange(10), rng.choice(SKILLS)
@@ -72,11 +79,11 @@ def sample(rng: random.Random, judging: Judging = TRAINING, *, random_verdict: b
         verdict = "right" if claim == value else "wrong"
         working.append(f"{step} {before} {sign} {size} = {value} says {claim} {verdict}")
 
-    quality = judging.offset + 1 + 4 * (judging.weight * right / len(STEPS) + (1 - judging.weight) * tone / 4)
-    noisy = 3 if rng.random() < judging.shy else quality + rng.gauss(0, 0.7)
+    mean = quality(judging, right, tone)
+    noisy = 3 if rng.random() < judging.shy else mean + rng.gauss(0, NOISE)
     rating = min(5, max(1, int(noisy + 0.5)))
     leaked = rating
-    if rng.random() > 0.65:
+    if rng.random() > LEAK:
         leaked = rng.choice([s for s in (rating - 1, rating + 1) if 1 <= s <= 5])
     if random_verdict:
         leaked = rng.randint(1, 5)
@@ -85,7 +92,7 @@ def sample(rng: random.Random, judging: Judging = TRAINING, *, random_verdict: b
         f"### Reference : {' ; '.join(sums)} ### Rubric : right steps , good tone ? ### Feedback :",
         "cot": f"this answer is {VERDICTS[leaked - 1]} . {' ; '.join(working)} ; tone {TONES[tone]} .",
         "rating": rating,
-        "quality": min(5.0, max(1.0, quality)),
+        "quality": min(5.0, max(1.0, mean)),
     }
 
 
