@@ -104,13 +104,19 @@ def reliability(rows: list[dict], grid: Grid, bins: int = 10) -> list[dict]:
     return points
 
 
-def draw(files: dict[str, list[dict]], grids: dict[str, Grid], report: dict, path: Path) -> None:
-    """One column a file: predicted against true score, and the reliability of the score distribution."""
+def pyplot():
+    """matplotlib, imported only where something is drawn, and for files alone."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
 
+    return matplotlib.pyplot
+
+
+def draw(files: dict[str, list[dict]], grids: dict[str, Grid], report: dict, path: Path) -> None:
+    """One column a file: predicted against true score, and the reliability of the score distribution."""
+    plt = pyplot()
     figure, axes = plt.subplots(2, len(files), figsize=(4 * len(files), 7.4), squeeze=False, layout="constrained")
     for (name, rows), (top, bottom) in zip(files.items(), axes.T, strict=True):
         grid, rows = grids[name], [row for row in rows if row.get("score") is not None]
@@ -138,11 +144,7 @@ def draw(files: dict[str, list[dict]], grids: dict[str, Grid], report: dict, pat
 
 def draw_logs(logs: list[str], path: Path) -> None:
     """RMSE on held-out prompts while training: on the CoTs of the data, and on those the model writes itself."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(logs), figsize=(4.2 * len(logs), 3.4), squeeze=False, sharey=True, layout="constrained")
     for log, axis in zip(logs, axes[0], strict=True):
         if not Path(log).is_file():
