@@ -57,7 +57,7 @@ CLAIMS = [  # a row and reading that the paper, or this page, says is better tha
     (("raft", "rail"), ("ce-no-cot", "rail")),
     (("few-tract", "rail"), ("few-ce", "rail")),
 ]
-FEW = 300  # training records of the rows with few data; as many epochs more as they are fewer
+FEW = 300  # training records of the rows with few data, which get twice the epochs
 
 
 class Plan(NamedTuple):
