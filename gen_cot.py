@@ -13,23 +13,24 @@ Finished records are kept in OUT.part as they come; the same command goes on fro
 import argparse
 import copy
 import hashlib
-import itertools
 import json
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import records
 import runs
 from loss import Rail, rail
-from models import device, has_bf16, head, load_model, load_tokenizer
-from records import Grid, ScoreTokens
+from models import device, has_bf16, head, load_model, load_tokenizer, peak_memory, rows_that_fit
+from records import Grid, Lines, ScoreTokens, Spool
 from runs import Fault, InputError
 
 
@@ -41,6 +42,9 @@ class Sampling(NamedTuple):
     temperature: float = 1.0
     top_p: float = 0.9
     repetition_penalty: float = 1.03
+
+
+TOGETHER = 8  # batches that take turns: where one row ends, the next of them takes its place
 
 
 class Judgement(NamedTuple):
@@ -56,33 +60,58 @@ class Judgement(NamedTuple):
 
 
 def sample(
-    logits: Tensor, seen: Tensor, uniform: Tensor, *, temperature: float, top_p: float, repetition_penalty: float
+    logits: Tensor, so_far: Tensor, uniform: Tensor, *, temperature: float, top_p: float, repetition_penalty: float
 ) -> Tensor:
     """Next tokens by inverse CDF: repetition penalty, temperature, then the smallest set of tokens with mass `top_p`.
 
-    logits (B, V), seen (B, V) bool: tokens of the prompt and the CoT so far, uniform (B,) in [0, 1) → token ids (B,).
+    logits (B, V), so_far (B, T): ids of prompt and CoT, any order, repeats allowed; uniform (B,) in [0, 1) → ids (B,).
     A row's token depends on its own logits and number alone, not on its batch. Temperature 0 takes the most likely token.
     """
     logits = logits.float()
-    penalised = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
-    logits = torch.where(seen, penalised, logits)
+    seen = logits.gather(1, so_far)
+    logits = logits.scatter(1, so_far, torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty))
     if temperature == 0:
         return logits.argmax(-1)
-    probs, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
-    mass = probs.cumsum(-1)
+    logits = logits / temperature
+    log_total = logits.logsumexp(-1, keepdim=True)
+    for likeliest in (NUCLEUS, logits.shape[-1]):  # to sort a whole vocabulary can take longer than the model's step
+        top, order = logits.topk(min(likeliest, logits.shape[-1]))
+        probs = (top - log_total).exp()
+        mass = probs.cumsum(-1)
+        if bool((mass[:, -1] >= top_p).all()):
+            break
     in_nucleus = mass - probs < top_p
     total = (probs * in_nucleus).sum(-1)
     rank = (mass <= (uniform * total)[:, None]).sum(-1)
     return order.gather(-1, rank.clamp(max=in_nucleus.sum(-1) - 1)[:, None])[:, 0]
 
 
-def rows_of(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """A cache of its own with these rows; the given one stays as it is."""
-    part = copy.copy(cache)
-    part.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in part.layers:
-        layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-    return part
+NUCLEUS = 256  # tokens among which the nucleus nearly always lies; where not, the whole vocabulary is sorted
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer's keys and values with room ahead: a new token is written in place; DynamicLayer copies all the others."""
+
+    room = 0
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        used = self.get_seq_length()
+        end = used + keys.shape[-2]
+        if end > self.room:
+            self.room = end + 128
+            before, self.whole = (
+                (self.keys, self.values),
+                [x.new_empty(*x.shape[:2], self.room, x.shape[-1]) for x in (keys, values)],
+            )
+            for whole, old in zip(self.whole, before, strict=True):
+                if used:
+                    whole[..., :used, :] = old
+        for whole, new in zip(self.whole, (keys, values), strict=True):
+            whole[..., used:end, :] = new
+        self.keys, self.values = (whole[..., :end, :] for whole in self.whole)
+        return self.keys, self.values
 
 
 def random_numbers(name: str, n: int) -> Tensor:
@@ -103,6 +132,67 @@ def feed(model, cache: DynamicCache, ids: Tensor, mask: Tensor, positions: Tenso
     return head(model, hidden[torch.arange(len(ids)), rows_at])
 
 
+class Batch(NamedTuple):
+    """Rows being written. Each row's tokens are the last of its columns, so that rows can come and go."""
+
+    rows: Tensor  # (B,) their numbers among all rows
+    cache: DynamicCache
+    mask: Tensor  # (B, T), 1 where a column of the cache holds a token of the row
+    ids: Tensor  # (B, T), and one column more for what was sampled and is not yet in the cache
+    logits: Tensor  # (B, V) of the next token
+
+    def pick(self, which: Tensor) -> "Batch":
+        """A batch of its own of these rows, indices or bool, without the columns that none of them needs."""
+        mask, cache = self.mask[which], copy.copy(self.cache)
+        left = mask.shape[1] - int(mask.sum(-1).max()) if can_join(cache) else 0
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        for layer in cache.layers:
+            layer.keys, layer.values, layer.room = layer.keys[which][:, :, left:], layer.values[which][:, :, left:], 0
+        return Batch(self.rows[which], cache, mask[:, left:], self.ids[which][:, left:], self.logits[which])
+
+
+def join(batches: list[Batch]) -> Batch:
+    """One batch of the rows of all."""
+    if len(batches) == 1:
+        return batches[0]
+    width = max(batch.mask.shape[1] for batch in batches)
+
+    def wide(parts: Iterable[Tensor], *after: int) -> Tensor:
+        lefts = (width - batch.mask.shape[1] for batch in batches)
+        return torch.cat([F.pad(part, (*after, left, 0)) for part, left in zip(parts, lefts, strict=True)])
+
+    cache = copy.copy(batches[0].cache)
+    cache.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer, own in zip(cache.layers, zip(*(batch.cache.layers for batch in batches), strict=True), strict=True):
+        layer.keys, layer.values, layer.room = wide((x.keys for x in own), 0, 0), wide((x.values for x in own), 0, 0), 0
+    rows, _, mask, ids, logits = zip(*batches, strict=True)
+    return Batch(torch.cat(rows), cache, wide(mask), wide(ids), torch.cat(logits))
+
+
+def can_join(cache: DynamicCache) -> bool:
+    return all(isinstance(layer, GrowingLayer) for layer in cache.layers)  # a sliding window counts columns
+
+
+def read_prompts(model, prompts: list[list[int]], rows: Tensor) -> Batch:
+    """The batch in which each prompt has its share of `rows`; each prompt is read once."""
+    cache, n = DynamicCache(config=model.config), len(rows) // len(prompts)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if len(prompts) > 1 and len(prompts) * max(map(len, prompts)) > READ and can_join(cache):
+        half = len(prompts) // 2
+        return join(
+            [read_prompts(model, prompts[:half], rows[: half * n]), read_prompts(model, prompts[half:], rows[half * n :])]
+        )
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device())  # (P, T)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device())
+    logits = feed(model, cache, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0))  # (P, V)
+    batch = Batch(rows[: len(prompts)], cache, mask, ids, logits)
+    return batch if n == 1 else batch.pick(torch.arange(len(rows)) // n)._replace(rows=rows)
+
+
+READ = 2048  # tokens of prompts, with their padding, that are read at a time: more would be no faster, and padded more
+
+
 class Written(NamedTuple):
     """Rows that are done, with their cache: where mask is 1, row i holds `cached[i]`, in order, and then leftovers."""
 
@@ -114,59 +204,60 @@ class Written(NamedTuple):
 
 
 def decode(
-    model, prompts: list[list[int]], names: list[str], *, sampling: Sampling, suffix_ids: list[int], end_ids: list[int]
+    model,
+    prompts: list[list[int]],
+    names: list[str],
+    *,
+    sampling: Sampling,
+    suffix_ids: list[int],
+    end_ids: list[int],
+    at_once: int,
 ) -> Iterator[Written]:
     """Sample `num_cots` rows a prompt until each reaches the suffix, an end of sequence or its token limit.
 
-    P prompts, B = P · num_cots rows, row b belongs to prompt b // num_cots and draws its random numbers by names[b].
-    Whenever half of the rows are done they are handed out and the batch goes on without them.
+    Row b belongs to prompt b // num_cots and draws its random numbers by names[b]. At most `at_once` rows (but at least one
+    prompt's) are in the batch: whenever a quarter of them is done, those are handed out and the next prompts take their place.
     """
-    n, width = sampling.num_cots, max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device())  # (P, T), left-padded
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device())
-    cache = DynamicCache(config=model.config)
-    logits = feed(model, cache, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0))  # (P, V): each prompt is read once
-    seen = torch.zeros(logits.shape, dtype=torch.bool, device=device())
-    for p, prompt in enumerate(prompts):
-        seen[p, prompt] = True
-
-    cache.batch_repeat_interleave(n)
-    logits, seen, mask = (x.repeat_interleave(n, 0) for x in (logits, seen, mask))  # (B, ...)
+    n, begun, batch = sampling.num_cots, 0, None
     # A model can't go beyond the positions it was made for, and the suffix and the score still have to fit
     room = (getattr(model.config, "max_position_embeddings", None) or 10**9) - len(suffix_ids) - 2
-    limit = torch.tensor([max(0, min(sampling.max_new_tokens, room - len(prompts[b // n]))) for b in range(len(names))])
-    steps = int(limit.max())
-    uniform = torch.stack([random_numbers(name, steps) for name in names]).to(device())  # (B, steps)
-    written = torch.zeros(len(names), steps, dtype=torch.long, device=device())
-    suffix, ends, limit = torch.tensor(suffix_ids).to(mask), torch.tensor(end_ids).to(mask), limit.to(mask)
-    rows = torch.arange(len(names), device=device())  # those of the B rows that are still in the batch
-    lengths = torch.zeros_like(rows)
-    done, token = limit == 0, torch.zeros_like(rows)
+    limit = [max(0, min(sampling.max_new_tokens, room - len(prompts[row // n]))) for row in range(len(names))]
+    steps = max(1, *limit)
+    uniform = torch.stack([random_numbers(name, steps) for name in names]).to(device())  # (rows, steps)
+    suffix, ends, limit = (torch.tensor(x, device=device()) for x in (suffix_ids, end_ids, limit))
+    lengths, done = torch.zeros_like(limit), limit == 0  # of all rows
 
-    for step in range(steps + 1):
-        if 2 * int(done.sum()) >= len(rows):
-            own = rows[done].tolist()
-            new = [written[row, : lengths[row]].tolist() for row in own]
-            cached = [prompts[row // n] + line[:-1] for row, line in zip(own, new, strict=True)]
-            yield Written(own, new, cached, rows_of(cache, done), mask[done])
-            if done.all():
-                return
-            cache = rows_of(cache, ~done)
-            rows, logits, seen, mask, token, done = (x[~done] for x in (rows, logits, seen, mask, token, done))
-        if step > 0:
-            position = mask.sum(-1, keepdim=True)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)  # done rows run along; `cached` ends before that
-            logits = feed(model, cache, token[:, None], mask, position)
+    while batch is not None or begun < len(prompts):
+        free = at_once - len(batch.rows) if batch is not None else max(at_once, n)
+        if (more := min(free // n, len(prompts) - begun)) > 0 and (batch is None or can_join(batch.cache)):
+            rows = torch.arange(begun * n, (begun + more) * n, device=device())
+            new = read_prompts(model, prompts[begun : begun + more], rows)
+            batch, begun = join([new] if batch is None else [batch, new]), begun + more
+
+        rows, ids = batch.rows, batch.ids
         token = sample(
-            logits, seen, uniform[rows, step], temperature=sampling.temperature, top_p=sampling.top_p,
-            repetition_penalty=sampling.repetition_penalty,
+            batch.logits, torch.where(batch.mask > 0, ids, ids[:, -1:]), uniform[rows, lengths[rows].clamp(max=steps - 1)],
+            temperature=sampling.temperature, top_p=sampling.top_p, repetition_penalty=sampling.repetition_penalty,
         )  # fmt: skip
-        seen.scatter_(1, token[:, None], True)
-        written[rows, step] = token
-        lengths[rows] += (~done).long()
-        tail = written[rows, max(0, step + 1 - len(suffix)) : step + 1]
-        at_suffix = (tail == suffix).all(-1) if tail.shape[1] == len(suffix) else torch.zeros_like(done)
-        done = done | at_suffix | torch.isin(token, ends) | (limit[rows] == step + 1)
+        batch = batch._replace(ids=torch.cat([ids, token[:, None]], 1))
+        lengths[rows] += (~done[rows]).long()
+        tail = batch.ids[:, -len(suffix) :]
+        at_suffix = (tail == suffix[-tail.shape[1] :]).all(-1) & (lengths[rows] >= len(suffix))
+        done[rows] |= at_suffix | torch.isin(token, ends) | (lengths[rows] == limit[rows])
+
+        if 4 * int((over := done[rows]).sum()) >= len(rows):
+            own = batch.pick(over)
+            new, cached = [], []
+            for row, line, columns in zip(own.rows.tolist(), own.ids.tolist(), own.mask.sum(-1).tolist(), strict=True):
+                prompt = prompts[row // n]
+                new.append(line[-columns - 1 :][len(prompt) :][: int(lengths[row])])
+                cached.append(prompt + new[-1][:-1])
+            yield Written(own.rows.tolist(), new, cached, own.cache, own.mask)
+            batch = None if over.all() else batch.pick(~over)
+        if batch is not None:  # rows that are done run along; `cached` ends before that
+            position = batch.mask.sum(-1, keepdim=True)
+            mask = torch.cat([batch.mask, torch.ones_like(position)], 1)
+            batch = batch._replace(mask=mask, logits=feed(model, batch.cache, batch.ids[:, -1:], mask, position))
 
 
 def read_scores(model, written: Written, wanted: list[list[int]], *, score_ids: Tensor, score_values: Tensor) -> Rail:
@@ -200,42 +291,49 @@ def read_cot(tokenizer, ids: list[int], suffix: str) -> tuple[str, bool]:
 def judge(
     model,
     tokenizer,
-    batch: list[dict],
+    prompts: list[list[int]],
+    names: list[str],
     *,
     sampling: Sampling,
     grid: Grid,
     tokens: ScoreTokens,
-    seed: int,
     with_scores: bool,
+    at_once: int,
     given: list[list[str]] | None = None,
-) -> list[Judgement]:
-    """Write `num_cots` CoTs for each record's prompt and, if asked, read the score distribution after each.
+) -> Iterator[tuple[int, Judgement]]:
+    """Write `num_cots` CoTs for each prompt (token ids) and, if asked, read the score distribution after each.
 
-    `max_new_tokens` 0 writes no CoT: the suffix follows the prompt, and the scores are those of plain RAIL; or, where
-    `given` holds `num_cots` CoTs a record, those after them.
+    Yields (index of the prompt, judgement) as they are finished, in any order. A prompt's CoTs depend on its name, and on
+    its own tokens: for what `at_once` is, see decode. `max_new_tokens` 0 writes no CoT: the suffix follows the prompt, and
+    the scores are those of plain RAIL; or, where `given` holds `num_cots` CoTs a prompt, those after them.
     """
     n = sampling.num_cots
-    prompts = [records.prompt_ids(tokenizer, record["prompt"]) for record in batch]
-    names = [f"{seed}/{record['id']}/{k}" for record in batch for k in range(n)]
+    names = [f"{name}/{k}" for name in names for k in range(n)]
     ends = model.generation_config.eos_token_id  # Llama-3 has several
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])}
     grid_tensors = {
         "score_ids": torch.tensor(tokens.score_ids, device=device()),
         "score_values": torch.tensor(grid.values, device=device()),
     }
-    judged = [Judgement([""] * n, [False] * n, [0] * n, [None] * n) for _ in batch]
-    for written in decode(model, prompts, names, sampling=sampling, suffix_ids=tokens.suffix_ids, end_ids=sorted(ends)):
+    judged = {p: Judgement([""] * n, [False] * n, [0] * n, [None] * n) for p in range(len(prompts))}
+    missing = [n] * len(prompts)
+    for written in decode(
+        model, prompts, names, sampling=sampling, suffix_ids=tokens.suffix_ids, end_ids=sorted(ends), at_once=at_once
+    ):
         for row, ids in zip(written.rows, written.ids, strict=True):
             own, k = judged[row // n], row % n
             own.cots[k], own.finished[k] = (given[row // n][k], True) if given else read_cot(tokenizer, ids, grid.suffix)
             own.tokens[k] = len(ids)
         if with_scores:
-            pairs = [(batch[row // n]["prompt"], judged[row // n].cots[row % n]) for row in written.rows]
-            wanted = [records.prefix_ids(tokenizer, prompt, cot, grid) for prompt, cot in pairs]
+            texts = [(prompts[row // n], judged[row // n].cots[row % n]) for row in written.rows]
+            wanted = [records.prefix_ids(tokenizer, prompt, cot, grid) for prompt, cot in texts]
             result = read_scores(model, written, wanted, **grid_tensors)
             for i, row in enumerate(written.rows):
                 judged[row // n].scores[row % n] = Rail(*(part[i].tolist() for part in result))
-    return judged
+        for row in written.rows:
+            missing[row // n] -= 1
+            if not missing[row // n]:
+                yield row // n, judged.pop(row // n)
 
 
 # ------------------------------------------------------------------------------------------------- a file of records
@@ -253,32 +351,37 @@ class PartFile:
             raise InputError(f"{out}: a folder; give the name of a JSONL file as --out")
         runs.choose_out(out, overwrite)
         out.parent.mkdir(parents=True, exist_ok=True)
-        self.out, self.path, self.done = out, Path(f"{out}.part"), {}
+        self.out, self.path, self.done = out, Path(f"{out}.part"), {}  # done: id → which line
         self.file = runs.lock(self.path)
-        whole = b"" if overwrite else self.path.read_bytes()
-        whole = whole[: whole.rfind(b"\n") + 1]
-        self.file.truncate(len(whole))
-        before, *done = [json.loads(line) for line in whole.splitlines()] or [None]
-        settings = json.loads(json.dumps(settings))
+        self.lines, before, whole = Lines(self.file), None, 0
+        self.file.seek(0, os.SEEK_END if overwrite else os.SEEK_SET)
+        for line in self.file:
+            if not line.endswith(b"\n"):
+                break
+            if before is None:
+                before = json.loads(line)
+            else:
+                self.done[json.loads(line)["id"]] = len(self.lines)
+                self.lines.starts.append(whole)
+            whole += len(line)
+        self.file.truncate(whole)
         if before is None:
-            self.file.write(runs.to_line(settings))
+            self.file.write(runs.to_line(settings).encode())
         else:
-            runs.same_settings(self.path, before, settings)
-        self.done = {record["id"]: record for record in done}
+            runs.same_settings(self.path, before, json.loads(json.dumps(settings)))
         if self.done:
             print(f"{self.path}: going on after {len(self.done)} finished records")
 
     def add(self, record: dict) -> None:
         try:
-            self.file.write(runs.to_line(record))
-            self.file.flush()
+            self.lines.append(record)
         except OSError as error:
             raise Fault(f"{self.path}: {error.strerror}; {runs.GO_ON}") from None
-        self.done[record["id"]] = record
+        self.done[record["id"]] = len(self.lines) - 1
 
-    def finish(self, whole: list[dict]) -> None:
-        """Write the records to OUT and remove OUT.part."""
-        runs.write_whole(self.out, "".join(map(runs.to_line, whole)))
+    def finish(self, order: list[str]) -> None:
+        """Write the records with these ids to OUT and remove OUT.part."""
+        runs.write_whole(self.out, (self.lines.line(self.done[id]) for id in order))
         self.path.unlink()
         self.file.close()
 
@@ -292,7 +395,7 @@ def judge_file(
     sampling: Sampling,
     grid: str | None,
     suffix: str | None,
-    batch_size: int,
+    batch_size: int | None,
     max_length: int,
     seed: int,
     overwrite: bool,
@@ -320,74 +423,77 @@ def judge_file(
         "grid": str(grid),
         "suffix": grid.suffix,
     }
-    given_cots = {r["id"]: r["cots"] if given == "cots" else [r["cot"]] for r in all_records} if given else {}
+
+    def cots_given(record: dict) -> list[str]:
+        return record["cots"] if given == "cots" else [record["cot"]]
+
     if given:
-        sampling = sampling._replace(num_cots=len(given_cots[all_records[0]["id"]]), max_new_tokens=0)
-        if uneven := [id for id, cots in given_cots.items() if len(cots) != sampling.num_cots]:
-            raise InputError(
-                f"{data}: record {uneven[0]!r} has another number of CoTs than the first; make it the same for all"
-            )
+        sampling = sampling._replace(num_cots=len(cots_given(all_records[0])), max_new_tokens=0)
+        if uneven := next((r["id"] for r in all_records if len(cots_given(r)) != sampling.num_cots), None):
+            raise InputError(f"{data}: record {uneven!r} has another number of CoTs than the first; make it the same for all")
     settings |= {"max_length": max_length, "seed": seed, "given": given} | sampling._asdict() | facts
     part = PartFile(out, settings, overwrite)
 
-    def length(record: dict) -> int:
-        prompt = record["prompt"]
-        if given:
-            return max(len(records.prefix_ids(tokenizer, prompt, cot, grid)) for cot in given_cots[record["id"]])
-        return len(records.prompt_ids(tokenizer, prompt))
-
-    lengths = {r["id"]: length(r) for r in all_records}
+    # Tokenise once; what it gives is kept in a file without a name
+    prompts, lengths = Spool(), {}
+    for record in tqdm(all_records, desc="tokenise", unit="record", dynamic_ncols=True, delay=5, leave=False):
+        ids = records.prompt_ids(tokenizer, record["prompt"])
+        prompts.append(ids)
+        after = [len(records.prefix_ids(tokenizer, ids, cot, grid)) for cot in cots_given(record)] if given else [len(ids)]
+        lengths[record["id"]] = max(after)
     network = load_model(model, dtype=torch.bfloat16 if has_bf16() else torch.float32)
     room = (getattr(network.config, "max_position_embeddings", None) or max_length) - len(tokens.suffix_ids) - 2
     too_long = records.too_long(lengths, min(max_length, room))
-    fitting = [r for r in all_records if r["id"] not in too_long]
-    fitting.sort(key=lambda r: -lengths[r["id"]])  # like lengths together, the longest first: if memory binds, at once
+    fitting = [i for i, id in enumerate(all_records.ids) if id not in too_long]
+    # Like lengths together, the longest first: if memory binds, at once
+    fitting.sort(key=lambda i: -lengths[all_records.ids[i]])
 
-    at_once, generated, i = max(1, batch_size // sampling.num_cots), 0, 0
+    at_once, most, generated, i = 1, 10**9, 0, 0
     with tqdm(total=len(fitting), initial=len(part.done), desc=out.stem, unit="record", dynamic_ncols=True) as bar:
         while i < len(fitting):
-            batch = fitting[i : i + at_once]
-            new = [r["id"] not in part.done for r in batch]
-            if any(new):
-                # A batch that was cut off is judged again whole: in another batch, sums round differently
-                try:
-                    judged = judge(
-                        network, tokenizer, batch,
-                        sampling=sampling, grid=grid, tokens=tokens, seed=seed, with_scores=with_scores,
-                        given=[given_cots[r["id"]] for r in batch] if given else None,
-                    )  # fmt: skip
-                except torch.OutOfMemoryError:
-                    if at_once == 1:
-                        raise Fault(
-                            f"{part.path}: out of memory with a single prompt; lower --max-length or --num-cots"
-                        ) from None
-                    at_once //= 2
-                    torch.cuda.empty_cache()
-                    bar.write(f"out of memory: going on with {at_once} prompts at a time")
-                    continue
-                for record, judgement in itertools.compress(zip(batch, judged, strict=True), new):
-                    part.add(record | fields(judgement, grid))
-                    generated += sum(judgement.tokens)
-                bar.set_postfix(tok_s=f"{generated / (time.time() - bar.start_t):.0f}", prompts_at_once=at_once)
-                bar.update(sum(new))
-            i += len(batch)
+            longest = lengths[all_records.ids[fitting[i]]] + sampling.max_new_tokens
+            at_once = min(batch_size or rows_that_fit(network, longest), most)
+            # What is judged together stays together, also where some was done before: in another batch, sums round differently
+            together = fitting[i : i + max(1, TOGETHER * at_once // sampling.num_cots)]
+            i += len(together)
+            if all(all_records.ids[j] in part.done for j in together):
+                continue
+            try:
+                for k, judgement in judge(
+                    network, tokenizer, [prompts[j] for j in together], [f"{seed}/{all_records.ids[j]}" for j in together],
+                    sampling=sampling, grid=grid, tokens=tokens, with_scores=with_scores, at_once=at_once,
+                    given=[cots_given(all_records[j]) for j in together] if given else None,
+                ):  # fmt: skip
+                    if all_records.ids[together[k]] not in part.done:
+                        part.add(all_records[together[k]] | fields(judgement, grid))
+                        generated += sum(judgement.tokens)
+                        bar.set_postfix(tok_s=f"{generated / (time.time() - bar.start_t):.0f}", at_once=at_once, refresh=False)
+                        bar.update()
+            except torch.OutOfMemoryError:
+                if at_once <= sampling.num_cots:
+                    raise Fault(f"{part.path}: out of memory with a single prompt; lower --max-length or --num-cots") from None
+                most, i = at_once // 2, i - len(together)
+                torch.cuda.empty_cache()
+                bar.write(f"out of memory: going on with {most} sequences at a time")
 
-    done = [part.done[r["id"]] for r in all_records if r["id"] not in too_long]
-    unfinished = [r["id"] for r in done if sampling.max_new_tokens and not all(r["finished"])]
+    order = [id for id in all_records.ids if id not in too_long]
+    unfinished = []
+    if sampling.max_new_tokens:
+        unfinished = [id for id in order if not all(part.lines[part.done[id]]["finished"])]
     counts = {
-        "records": len(done),
+        "records": len(order),
         "too_long": len(too_long),
         "unfinished": len(unfinished),
         "tokens_generated": generated,
     }
     runs.write_run(
-        out.with_suffix(".run.json"), arguments=settings, inputs=[data], started=started,
-        grid=str(grid), counts=counts, device=str(device()), bf16=has_bf16(),
+        out.with_suffix(".run.json"), arguments=settings, inputs=[data], started=started, grid=str(grid), counts=counts,
+        sequences_at_once=at_once, device=str(device()), bf16=has_bf16(), peak_memory_bytes=peak_memory(),
     )  # fmt: skip
-    part.finish(done)  # after run.json: where OUT is, everything is
+    part.finish(order)  # after run.json: where OUT is, everything is
     runs.report(sorted(too_long), f"left out, longer than --max-length {max_length} or than the model can read")
     runs.report(unfinished, "with a CoT that did not reach the suffix by itself")
-    print(f"{out}: {len(done)} records")
+    print(f"{out}: {len(order)} records")
 
 
 def make_parser(description: str, *, model: str, data: str, out: str) -> argparse.ArgumentParser:
@@ -415,7 +521,11 @@ def make_parser(description: str, *, model: str, data: str, out: str) -> argpars
     group.add_argument(
         "--repetition-penalty", type=runs.number(float, 1e-6), default=paper.repetition_penalty, help="1 is none"
     )
-    group.add_argument("--batch-size", type=runs.COUNT, default=32, help="sequences on the device at a time")
+    group.add_argument(
+        "--batch-size",
+        type=runs.COUNT,
+        help="sequences on the device at a time; None: as many as free memory takes; on a CPU 32",
+    )
     runs.add_common_arguments(parser)
     return parser
 

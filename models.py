@@ -94,6 +94,10 @@ def load_model(name: str, *, dtype: torch.dtype, trainable: bool = False):
     return model
 
 
+# Logits that training holds at a time: 64 MiB in fp32, and with what the loss makes of them four times that
+LOGITS = 2**24
+
+
 def head(model, hidden: Tensor) -> Tensor:
     return model.get_output_embeddings()(hidden)  # (..., D) → (..., V)
 
@@ -103,6 +107,12 @@ def checkpoint_activations(model) -> None:
     # Two names of one method: transformers renamed it after 5.17
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def compile_blocks(model) -> None:
+    """torch.compile for the training of each block: all are alike, so one is compiled, once."""
+    for block in model.get_decoder().layers:
+        block.compile(dynamic=True)
 
 
 # --------------------------------------------------------------------------------------------------------- LoRA
@@ -156,8 +166,8 @@ class Memory(NamedTuple):
     weights: int
     gradients: int
     optimiser: int  # AdamW's two moments
-    activations: int  # of one micro-batch
-    logits: int  # of its supervised rows, with what the softmax needs around them
+    activations: int  # of one micro-batch, kept for its backward pass
+    working: int  # what the loss makes of the logits that it takes at a time or, if that is more, what a block recomputes
 
     @property
     def total(self) -> int:
@@ -204,17 +214,17 @@ def expected_memory(
     block = 2 * 4 * h * (1 if lora else 2) + compute * (2 * q + 2 * kv + 4 * m)
     # and what the layers (with LoRA the adapters) see; in bf16 each casts it for itself
     block += compute * (5 * h + (q + m if lora else 0)) if bf16 else 4 * 2 * h
-    kept = layers * stream * h + block if gradient_checkpointing else layers * block
+    kept = layers * (stream * h if gradient_checkpointing else block)
     if bf16 and not lora and not gradient_checkpointing:  # the bf16 copies of the weights
         kept += 2 * sum(layer.weight.numel() for layer in linear) // (sequences * length)
-    # Of the logits: themselves, in fp32 if they were not, their log-softmax, and three gradients (of the CE before and after
-    # its softmax, of the squared error)
+    # The logits, in fp32 if they were not, their log-softmax, and the gradients before and after it
+    logits = min(supervised, max(1, LOGITS // config.vocab_size)) * config.vocab_size * (16 if compute == 4 else 18)
     return Memory(
         weights=parameters * (compute if lora else 4) + (4 * trained if lora else 0),
         gradients=4 * trained,
         optimiser=8 * trained,
         activations=sequences * length * kept,
-        logits=supervised * config.vocab_size * (20 if compute == 4 else 22),
+        working=max(logits, sequences * length * block if gradient_checkpointing else 0),
     )
 
 
@@ -223,3 +233,21 @@ def memory_there() -> int:
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[1]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def rows_that_fit(model, length: int) -> int:
+    """As many sequences of `length` tokens as can be generated at once with the memory that is free; on a CPU 32.
+
+    A sequence takes its keys and values, twice while rows are moved, the working memory of its prompt's forward pass, and
+    the logits with what sampling makes of them.
+    """
+    if not torch.cuda.is_available():
+        return 32
+    config, size = model.config.get_text_config(), next(model.parameters()).element_size()
+    h, heads = config.hidden_size, config.num_attention_heads
+    width = getattr(config, "head_dim", None) or h // heads
+    cache = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
+    reading = 4 * (getattr(config, "intermediate_size", None) or 4 * h) + 8 * h
+    row = length * size * (2 * cache + reading) + 24 * config.vocab_size
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return max(1, min(512, int(0.8 * free) // row))

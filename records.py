@@ -21,14 +21,16 @@ The target text of a record is its CoT, then the suffix, then the grid token nea
 import itertools
 import json
 import math
-from collections.abc import Iterable
+import os
+import tempfile
+from array import array
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from runs import ROOT, InputError, read_run, to_line
+from runs import ROOT, Fault, InputError, read_run, to_line
 
 SUFFIX = " So the overall score is "  # between CoT and score, unless --suffix says otherwise
-IGNORE = -100  # label of a token that carries no loss
 PLACEHOLDER = "§PROMPT§"  # stands for the prompt where a chat template is tokenised around it
 TINY_SEED = str(ROOT / "data/tiny/seed")  # the embedded seed model
 
@@ -221,37 +223,91 @@ def render_prompt(record: dict) -> str:
     )
 
 
-def read_records(path: str | Path, *, grid: Grid, need: Iterable[str] = ("id", "prompt")) -> list[dict]:
-    """Read a JSONL file of records, every line checked; unknown fields are kept.
+class Lines(Sequence):
+    """JSON values, one a line of a file, each read when it is asked for: in memory is only where they start."""
 
-    A record without id gets the number of its line, one without prompt the rendered one, if it has what that takes.
+    def __init__(self, file: IO[bytes]):
+        self.file, self.starts = file, array("q")
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def line(self, i: int) -> bytes:
+        self.file.seek(self.starts[i])
+        return self.file.readline()
+
+    def __getitem__(self, i: int) -> Any:
+        return json.loads(self.line(i))
+
+    def append(self, value: Any) -> None:
+        self.starts.append(self.file.seek(0, os.SEEK_END))
+        self.file.write(to_line(value).encode())
+        self.file.flush()
+
+
+class Spool(Lines):
+    """Lines in a file without a name, for what is too large to be held in memory and needed only while the process runs."""
+
+    def __init__(self):
+        super().__init__(tempfile.TemporaryFile())
+
+    def append(self, value: Any) -> None:
+        try:
+            super().append(value)
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise Fault(f"{folder}: {error.strerror}; make room there, or set TMPDIR to another folder, and go on") from None
+
+
+class Records(Lines):
+    """The records of a JSONL file, checked by read_records. Raises InputError if the file has changed since."""
+
+    def __init__(self, path: str | Path):
+        super().__init__(open(path, "rb"))
+        self.path, self.ids, self.changed = path, [], os.fstat(self.file.fileno()).st_mtime_ns
+
+    def __getitem__(self, i: int) -> dict:
+        if os.fstat(self.file.fileno()).st_mtime_ns != self.changed:
+            raise InputError(f"{self.path}: was changed while it was being read; give the same command again")
+        return to_record(self.line(i), self.ids[i], str(self.path))
+
+
+def to_record(line: bytes, id: str, where: str) -> dict:
+    """One line's record, with `id` where it has none, and a rendered prompt where it has what that takes."""
+    record = {"id": id} | parse_line(line, where)
+    if "prompt" not in record and {"instruction", "response", "rubric"} <= record.keys():
+        try:
+            record["prompt"] = render_prompt(record)
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from None
+    return record
+
+
+def read_records(path: str | Path, *, grid: Grid, need: Iterable[str] = ("id", "prompt")) -> Records:
+    """Check every line of a JSONL file of records; what comes back reads them one at a time. Unknown fields are kept.
+
+    A record without id gets the number of its line.
 
     Raises InputError, `path:line: what is wrong and what to do`, at the first bad line; also for an empty file.
     """
-    need, records, first_seen = tuple(need), [], {}
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; give a JSONL file of records (data/*/prepare.py make some)")
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            record = {"id": str(number)} | parse_line(line, f"{path}:{number}")
-            wrong = None
-            if "prompt" not in record and {"instruction", "response", "rubric"} <= record.keys():
-                try:
-                    record["prompt"] = render_prompt(record)
-                except ValueError as error:
-                    wrong = str(error)
-            wrong = wrong or check_record(record, grid, need)
+    need, checked, first_seen, start = tuple(need), Records(path), {}, 0
+    for number, line in enumerate(checked.file, 1):
+        if line.strip():
+            record = to_record(line, str(number), f"{path}:{number}")
+            wrong = check_record(record, grid, need)
             if wrong is None and record["id"] in first_seen:
                 wrong = f"id {record['id']!r} was already used in line {first_seen[record['id']]}; ids must be unique"
             if wrong:
                 raise InputError(f"{path}:{number}: {wrong}")
             first_seen[record["id"]] = number
-            records.append(record)
-    if not records:
+            checked.starts.append(start)
+        start += len(line)
+    checked.ids = list(first_seen)
+    if not checked.ids:
         raise InputError(f"{path}: no records in it; was it cut off while being made?")
-    return records
+    return checked
 
 
 def read_items(path: str) -> list[dict]:
@@ -350,9 +406,9 @@ def target_ids(tokenizer, cot: str, score_token: str, suffix: str = SUFFIX) -> l
     return text_ids(tokenizer, (cot.strip() + suffix + score_token).lstrip())
 
 
-def prefix_ids(tokenizer, prompt: str, cot: str, grid: Grid) -> list[int]:
-    """Everything up to the position that predicts the score: prompt, CoT and suffix. `cot` is "" without CoT."""
-    return prompt_ids(tokenizer, prompt) + target_ids(tokenizer, cot, grid.tokens[0], grid.suffix)[:-1]
+def prefix_ids(tokenizer, prompt: list[int], cot: str, grid: Grid) -> list[int]:
+    """Everything up to the position that predicts the score: the prompt's ids, CoT and suffix. `cot` is "" without CoT."""
+    return prompt + target_ids(tokenizer, cot, grid.tokens[0], grid.suffix)[:-1]
 
 
 def score_tokens(tokenizer, grid: Grid) -> ScoreTokens:
@@ -380,13 +436,17 @@ def score_tokens(tokenizer, grid: Grid) -> ScoreTokens:
 
 
 class Example(NamedTuple):
-    """One training sequence. `labels[t]` is `ids[t]` where the token carries loss and IGNORE elsewhere."""
+    """One training sequence. The tokens from `start` on carry loss, those before are the prompt."""
 
     id: str
     ids: list[int]
-    labels: list[int]
+    start: int
     score_position: int | None  # index of the score token in `ids`; the logits one before it predict the score
     score: float | None  # the real-valued target of the squared error
+
+    @property
+    def supervised(self) -> int:
+        return len(self.ids) - self.start
 
 
 def encode(tokenizer, record: dict, *, grid: Grid, score_ids: list[int], no_cot: bool = False) -> Example:
@@ -399,15 +459,14 @@ def encode(tokenizer, record: dict, *, grid: Grid, score_ids: list[int], no_cot:
     prompt = prompt_ids(tokenizer, record["prompt"])
     cot = "" if no_cot else record["cot"]
     if record["score"] is None:
-        target = target_ids(tokenizer, cot, grid.tokens[0], grid.suffix)[:-1]
-        return Example(record["id"], prompt + target, [IGNORE] * len(prompt) + target, None, None)
+        return Example(record["id"], prefix_ids(tokenizer, prompt, cot, grid), len(prompt), None, None)
     point = grid.nearest(record["score"])
     target = target_ids(tokenizer, cot, grid.tokens[point], grid.suffix)
     if target[-1] != score_ids[point]:
         raise InputError(f"record {record['id']!r}: its score became token {target[-1]}, not {score_ids[point]}")
     ids = prompt + target + [tokenizer.eos_token_id]
-    unsupervised = len(prompt) + (len(target) - 1 if no_cot else 0)
-    return Example(record["id"], ids, [IGNORE] * unsupervised + ids[unsupervised:], len(ids) - 2, float(record["score"]))
+    score_position = len(ids) - 2
+    return Example(record["id"], ids, score_position if no_cot else len(prompt), score_position, float(record["score"]))
 
 
 def too_long(lengths: dict[str, int], max_length: int) -> set[str]:

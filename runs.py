@@ -63,12 +63,12 @@ def to_line(record: dict) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def write_whole(path: str | Path, text: str) -> None:
+def write_whole(path: str | Path, content: str | Iterable[bytes]) -> None:
     """Write beside `path`, flush to disk and rename: `path` is either whole or as it was before. Raises Fault."""
     beside = Path(f"{path}.tmp")
     try:
-        with open(beside, "w", encoding="utf-8") as out:
-            out.write(text)
+        with open(beside, "wb") as out:
+            out.writelines([content.encode()] if isinstance(content, str) else content)
             out.flush()
             os.fsync(out.fileno())
     except OSError as error:
@@ -108,7 +108,7 @@ def read_run(model: str) -> dict:
 
 def lock(path: Path) -> IO:
     """Hold `path` for this process, as long as the file returned is open; a second process is refused."""
-    file = open(path, "a", encoding="utf-8")
+    file = open(path, "a+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -11,6 +11,7 @@ the --model given; without one, of the embedded task. With --dry-run it says wha
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,8 @@ import shutil
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -34,8 +36,8 @@ import records
 import runs
 from gen_cot import Sampling, judge
 from loss import Loss, cot_raft_loss, rail
-from models import Lora, device, has_bf16, head, load_tokenizer
-from records import IGNORE, TINY_SEED, Example, Grid
+from models import LOGITS, Lora, device, has_bf16, head, load_tokenizer
+from records import TINY_SEED, Example, Grid, Spool
 from runs import Fault, InputError
 
 # The paper's settings (arXiv 2503.04381, appendix, with LLaMA-Factory's defaults where it is silent) and those of the
@@ -54,6 +56,22 @@ LORA_BY_DEFAULT = ("mistral-7b", "llama-3.1-8b", "prometheus-2-7b")
 # ------------------------------------------------------------------------------------------------------ the batches
 
 
+class Examples(Spool):
+    """Encoded sequences; in memory is how long each is, and how much of it carries loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.lengths, self.supervised = array("q"), array("q")
+
+    def append(self, example: Example) -> None:
+        super().append(example)
+        self.lengths.append(len(example.ids))
+        self.supervised.append(example.supervised)
+
+    def __getitem__(self, i: int) -> Example:
+        return Example(*super().__getitem__(i))
+
+
 def collate(examples: list[Example], pad_id: int) -> dict[str, Tensor]:
     """Right-padded batch. `predicts` marks the supervised rows: positions whose *next* token carries loss.
 
@@ -62,27 +80,34 @@ def collate(examples: list[Example], pad_id: int) -> dict[str, Tensor]:
     """
     longest = max(len(e.ids) for e in examples)
     input_ids = torch.full((len(examples), longest), pad_id)  # (B, T)
-    labels = torch.full_like(input_ids, IGNORE)
-    is_score = torch.zeros_like(input_ids, dtype=torch.bool)
+    predicts, is_score = torch.zeros(2, *input_ids.shape, dtype=torch.bool)
     for b, e in enumerate(examples):
         input_ids[b, : len(e.ids)] = torch.tensor(e.ids)
-        labels[b, : len(e.ids) - 1] = torch.tensor(e.labels[1:])  # shifted: labels[t] is what position t predicts
+        predicts[b, e.start - 1 : len(e.ids) - 1] = True
         if e.score_position is not None:
             is_score[b, e.score_position - 1] = True
-    predicts = labels != IGNORE
     return {
         "input_ids": input_ids.to(device()),
         "predicts": predicts.to(device()),  # (B, T) bool, R of them True
-        "targets": labels[predicts].to(device()),  # (R,)
+        "targets": input_ids.roll(-1, 1)[predicts].to(device()),  # (R,)
         "is_score": is_score[predicts].to(device()),  # (R,)
         "true_scores": torch.tensor([e.score for e in examples if e.score is not None], device=device()),  # (B,)
     }
 
 
-def supervised_logits(model, batch: dict[str, Tensor]) -> Tensor:
-    """Logits of the supervised rows alone, (R, V): the head never sees prompt or padding, which is most of a batch."""
+def supervised_rows(model, batch: dict[str, Tensor]) -> Tensor:
+    """Last hidden states of the supervised rows alone, (R, D): the head never sees prompt or padding, most of a batch."""
     hidden = model.get_decoder()(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
-    return head(model, hidden[batch["predicts"]])  # (B, T, D) → (R, D) → (R, V)
+    return hidden[batch["predicts"]]  # (B, T, D) → (R, D)
+
+
+def in_parts(hidden: Tensor, batch: dict[str, Tensor], rows: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """The supervised rows, so many at a time, with what the loss wants to know of them."""
+    is_score = batch["is_score"].split(rows)
+    true_scores = batch["true_scores"].split([int(part.sum()) for part in is_score])
+    parts = zip(hidden.split(rows), batch["targets"].split(rows), is_score, true_scores, strict=True)
+    for part, *of_part in parts:
+        yield part, dict(zip(("targets", "is_score", "true_scores"), of_part, strict=True))
 
 
 def windows(lengths: list[int], size: int, seed: int) -> list[list[int]]:
@@ -111,13 +136,33 @@ def computing(bf16: bool) -> torch.autocast:
     return torch.autocast(device().type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
+def backward(model, batch: dict[str, Tensor], loss: Callable[..., Loss], *, bf16: bool, logits: int = LOGITS) -> Tensor:
+    """Add a batch's gradients to the model's; its total loss, CE and squared error.
+
+    The loss is a sum over rows, so head and loss can go over a few rows at a time, each part's logits being freed before
+    the next: nothing of the size of rows x vocabulary is ever held. What they leave at the rows goes through the decoder once.
+    """
+    with computing(bf16):
+        hidden = supervised_rows(model, batch)  # (R, D)
+    gradients, losses = [], []
+    for part, of_part in in_parts(hidden.detach(), batch, rows=max(1, logits // model.config.vocab_size)):
+        part.requires_grad_()
+        with computing(bf16):
+            scored = loss(head(model, part), **of_part)
+        scored.total.backward()
+        gradients.append(part.grad)
+        losses.append(torch.stack([scored.total.detach(), scored.ce, scored.squared_error]))
+    hidden.backward(torch.cat(gradients))
+    return torch.stack(losses).sum(0)
+
+
 def make_optimiser(model, *, lr: float, warmup: float, weight_decay: float, steps: int):
     """AdamW and its schedule: a linear warm-up over the share `warmup` of the steps, then a cosine down to 0."""
     decay = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]  # norms and biases are not decayed
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    # On a GPU the unfused one would hold another copy of all that is trained
-    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=torch.cuda.is_available() or None)
+    # In one pass over the weights; the default one takes several and, on a GPU, another copy of all that is trained
+    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
     return optimiser, get_cosine_schedule_with_warmup(optimiser, round(warmup * steps), steps)
 
 
@@ -125,7 +170,8 @@ def train(
     model,
     optimiser,
     schedule,
-    plan: list[list[Example]],
+    examples: Sequence[Example],
+    plan: list[list[int]],
     *,
     loss: Callable[..., Loss],
     score_in_ce: bool,
@@ -136,7 +182,7 @@ def train(
     label: str,
     done: int = 0,
 ) -> Iterator[dict]:
-    """One optimiser step for each window of the plan, `batch_size` sequences at a time. Yields a log line after each step.
+    """One optimiser step for each window of the plan (indices of examples), `batch_size` of them at a time. Yields log lines.
 
     `loss` is cot_raft_loss with everything set but the batch and its divisors. Those belong to the whole step, so that loss
     and gradient are the same for every split into micro-batches. A step whose loss or gradient is not finite is not taken:
@@ -145,19 +191,17 @@ def train(
     model.train()
     tokens = 0
     with tqdm(total=len(plan), initial=done, desc=label, unit="step", dynamic_ncols=True) as bar:
-        for step, window in enumerate(plan[done:], done + 1):
+        for step in range(done + 1, len(plan) + 1):
+            window = [examples[i] for i in plan[step - 1]]
             n_sequences = sum(e.score is not None for e in window)
-            n_tokens = sum(label != IGNORE for e in window for label in e.labels) - (0 if score_in_ce else n_sequences)
+            n_tokens = sum(e.supervised for e in window) - (0 if score_in_ce else n_sequences)
+            of_window = partial(loss, n_tokens=n_tokens, n_sequences=n_sequences)
 
             parts = []
             for i in range(0, len(window), batch_size):
                 batch = collate(window[i : i + batch_size], pad_id)
                 try:
-                    with computing(bf16):
-                        logits = supervised_logits(model, batch)
-                    micro = {key: batch[key] for key in ("targets", "is_score", "true_scores")}
-                    part = loss(logits, **micro, n_tokens=n_tokens, n_sequences=n_sequences)
-                    part.total.backward()
+                    parts.append(backward(model, batch, of_window, bf16=bf16))
                 except RuntimeError as error:  # torch.OutOfMemoryError is one; on a CPU there is only its text
                     if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                         raise
@@ -166,7 +210,6 @@ def train(
                         f"out of memory in step {step}, on {size} x {length} tokens (sequences x the longest), "
                         f"{len(batch['targets'])} of them supervised; {LESS_MEMORY}"
                     ) from None
-                parts.append(torch.stack([part.total.detach(), part.ce, part.squared_error]))
 
             grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
             numbers = dict(zip(("loss", "ce", "squared_error"), torch.stack(parts).sum(0).tolist(), strict=True))
@@ -190,20 +233,24 @@ def train(
 
 @torch.no_grad()
 def evaluate(
-    model, examples: list[Example], *, score_ids: Tensor, score_values: Tensor, pad_id: int, batch_size: int, bf16: bool
+    model, examples: Sequence[Example], *, score_ids: Tensor, score_values: Tensor, pad_id: int, batch_size: int, bf16: bool
 ) -> dict:
     """Teacher-forced metrics on held-out examples: CE (mean over tokens) and squared error apart, RMSE, Pearson's r."""
     was_training = model.training
     model.eval()
-    examples = sorted(examples, key=lambda e: len(e.ids))
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     nll, n_tokens, predicted, true = 0.0, 0, [], []
-    for i in range(0, len(examples), batch_size):
-        batch = collate(examples[i : i + batch_size], pad_id)
+    for i in range(0, len(order), batch_size):
+        batch = collate([examples[j] for j in order[i : i + batch_size]], pad_id)
         with computing(bf16):
-            logits = supervised_logits(model, batch)
-        nll += float(torch.nn.functional.cross_entropy(logits.float(), batch["targets"], reduction="sum"))
+            hidden = supervised_rows(model, batch)
+        for part, of_part in in_parts(hidden, batch, rows=max(1, LOGITS // model.config.vocab_size)):
+            with computing(bf16):
+                logits = head(model, part)
+            nll += float(torch.nn.functional.cross_entropy(logits.float(), of_part["targets"], reduction="sum"))
+            scores = rail(logits[of_part["is_score"]], score_ids=score_ids, score_values=score_values)
+            predicted += scores.expected.tolist()
         n_tokens += len(batch["targets"])
-        predicted += rail(logits[batch["is_score"]], score_ids=score_ids, score_values=score_values).expected.tolist()
         true += batch["true_scores"].tolist()
     model.train(was_training)
     return {"ce": nll / n_tokens} | agreement(predicted, true)
@@ -215,14 +262,16 @@ def evaluate_on_own_cots(
     """The metrics that count: on CoTs that the model writes itself, as it will have to in prediction."""
     was_training = model.training
     model.eval()
-    tokens, judged = records.score_tokens(tokenizer, grid), []
-    while len(judged) < len(held):
-        batch = held[len(judged) : len(judged) + batch_size]
+    tokens, judged = records.score_tokens(tokenizer, grid), {}
+    prompts = [records.prompt_ids(tokenizer, record["prompt"]) for record in held]
+    while not judged:
         try:
-            with computing(bf16):
-                judged += judge(
-                    model, tokenizer, batch, sampling=Sampling(max_new_tokens=max_new_tokens), grid=grid, tokens=tokens,
-                    seed=seed, with_scores=True,
+            with computing(bf16), torch.compiler.set_stance("force_eager"):  # else compiled anew for every length
+                judged = dict(
+                    judge(
+                        model, tokenizer, prompts, [f"{seed}/{record['id']}" for record in held], grid=grid, tokens=tokens,
+                        sampling=Sampling(max_new_tokens=max_new_tokens), with_scores=True, at_once=batch_size,
+                    )
                 )  # fmt: skip
         except torch.OutOfMemoryError:
             if batch_size == 1:
@@ -230,6 +279,7 @@ def evaluate_on_own_cots(
             batch_size //= 2
             torch.cuda.empty_cache()
     model.train(was_training)
+    judged = [judged[i] for i in range(len(held))]
     unfinished = sum(not judgement.finished[0] for judgement in judged)
     predicted = [judgement.scores[0].expected for judgement in judged]
     return agreement(predicted, [record["score"] for record in held]) | {"unfinished": unfinished}
@@ -318,36 +368,38 @@ class StopSignal:
 
 
 def make_examples(
-    all_records: list[dict],
+    all_records: Sequence[dict],
     encode: Callable[[dict], Example],
     cots_of: Callable[[dict], list[str]],
     *,
     val_fraction: float,
     max_length: int,
     seed: int,
-) -> tuple[list[Example], list[Example], set[str]]:
+) -> tuple[Examples, Examples, set[str]]:
     """One example a (record, CoT) pair: those to train on, those held out, and the ids of those that were too long."""
-    training, validation = [], []
-    for record in all_records:
+    training, validation, lengths = Examples(), Examples(), {}
+    for record in tqdm(all_records, desc="tokenise", unit="record", dynamic_ncols=True, delay=5, leave=False):
         side = validation if held_out(record["prompt"], val_fraction, seed) else training
         cots = cots_of(record)
         names = [record["id"]] if len(cots) == 1 else [f"{record['id']}#{k}" for k in range(1, len(cots) + 1)]
-        side += [encode(record | {"id": name, "cot": cot}) for name, cot in zip(names, cots, strict=True)]
-    too_long = records.too_long({e.id: len(e.ids) for e in training + validation}, max_length)
-    return [e for e in training if e.id not in too_long], [e for e in validation if e.id not in too_long], too_long
+        for name, cot in zip(names, cots, strict=True):
+            example = encode(record | {"id": name, "cot": cot})
+            lengths[name] = len(example.ids)
+            if lengths[name] <= max_length:
+                side.append(example)
+    return training, validation, records.too_long(lengths, max_length)
 
 
-def show(tokenizer, examples: list[Example], tokens: records.ScoreTokens, *, max_length: int, score_in_ce: bool) -> None:
+def show(tokenizer, examples: Examples, tokens: records.ScoreTokens, *, max_length: int, score_in_ce: bool) -> None:
     """What the model will be trained on: how long the sequences are, and one of them with its loss mask."""
 
-    def spread(numbers: list[int]) -> str:
+    def spread(numbers: Sequence[int]) -> str:
         return f"{min(numbers)} to {max(numbers)}, median {statistics.median(numbers):.0f}"
 
-    starts = [next(t for t, label in enumerate(e.labels) if label != IGNORE) for e in examples]
-    print(f"tokens a sequence: {spread([len(e.ids) for e in examples])} (--max-length {max_length})")
-    print(f"tokens with loss:  {spread([len(e.ids) - start for e, start in zip(examples, starts, strict=True)])}")
-    example, start = examples[0], starts[0]
-    score = example.score_position
+    print(f"tokens a sequence: {spread(examples.lengths)} (--max-length {max_length})")
+    print(f"tokens with loss:  {spread(examples.supervised)}")
+    example = examples[0]
+    start, score = example.start, example.score_position
     print(f"\nrecord {example.id}, {start} tokens without loss:\n{tokenizer.decode(example.ids[:start])}")
     if start < score:
         print(f"\n{score - start} tokens with CE:\n{tokenizer.decode(example.ids[start:score])}")
@@ -390,6 +442,7 @@ def fit(
     batch_size: int,
     accumulation: int,
     gradient_checkpointing: bool,
+    compile_blocks: bool,
     seed: int,
     save_every: int,
     max_bad_steps: int,
@@ -418,34 +471,36 @@ def fit(
     )  # fmt: skip
     if not training:
         raise InputError(f"{data}: nothing to train on; all its records are held out, too long or without a CoT")
-    supervised = sum(label != IGNORE for e in training for label in e.labels)
-    counts = {"tokens": sum(len(e.ids) for e in training), "supervised_tokens": supervised}
+    counts = {"tokens": sum(training.lengths), "supervised_tokens": sum(training.supervised)}
     print(
         f"{len(training)} examples to train on, {len(validation)} held out, {counts['tokens']} tokens, "
-        f"{supervised / counts['tokens']:.0%} of them supervised"
+        f"{counts['supervised_tokens'] / counts['tokens']:.0%} of them supervised"
     )
     if lam and (span := grid.values[-1] - grid.values[0]) != 4:
         print(f"note: on this grid --lambda {lam * 16 / span**2:g} weighs the squared error as {lam:g} does on 1 to 5")
-    held = [r for r in all_records if held_out(r["prompt"], val_fraction, seed) and r["id"] not in too_long][:eval_size]
-    longest_cot = max(sum(label != IGNORE for label in e.labels) for e in training)
+    side = (r for r in all_records if held_out(r["prompt"], val_fraction, seed) and r["id"] not in too_long)
+    held = list(itertools.islice(side, max(eval_size, 0)))
+    longest_cot = max(training.supervised)
 
     # Epochs → steps
-    lengths, size = [len(e.ids) for e in training], batch_size * accumulation
-    plan = [[training[i] for i in window] for epoch in range(epochs) for window in windows(lengths, size, seed + epoch)]
+    size = batch_size * accumulation
+    plan = [window for epoch in range(epochs) for window in windows(training.lengths, size, seed + epoch)]
 
     # Will it fit?
     lora = None if full else Lora(lora_rank, lora_alpha)
     micro = [window[i : i + batch_size] for window in plan for i in range(0, len(window), batch_size)]
-    largest = max(micro, key=lambda batch: len(batch) * max(len(e.ids) for e in batch))
-    expected = models.expected_memory(
-        model, lora, sequences=len(largest), length=max(len(e.ids) for e in largest),
-        supervised=sum(label != IGNORE for e in largest for label in e.labels),
-        bf16=has_bf16(), gradient_checkpointing=gradient_checkpointing,
+    largest = max(micro, key=lambda batch: len(batch) * max(training.lengths[i] for i in batch))
+    expect = partial(
+        models.expected_memory, model, lora, sequences=len(largest), length=max(training.lengths[i] for i in largest),
+        supervised=sum(training.supervised[i] for i in largest), bf16=has_bf16(),
     )  # fmt: skip
+    expected = expect(gradient_checkpointing=gradient_checkpointing)
     there = models.memory_there()
     print(f"expected memory, an estimate: {expected}; {device()} has {there / 2**30:.2f} GiB")
     if expected.total > there:
         print(f"this will hardly fit: {LESS_MEMORY}")
+    elif gradient_checkpointing and (kept := expect(gradient_checkpointing=False)).total < 0.8 * there:
+        print(f"--no-gradient-checkpointing would be faster and take {kept.total / 2**30:.2f} GiB, an estimate too")
     if dry_run:
         show(tokenizer, training, tokens, max_length=max_length, score_in_ce=not mask_score)
         print(json.dumps(arguments, indent=1, default=str, ensure_ascii=False))
@@ -467,6 +522,8 @@ def fit(
     network = models.load_for_training(model, lora)
     if gradient_checkpointing:
         models.checkpoint_activations(network)
+    if compile_blocks:
+        models.compile_blocks(network)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     score_ids = torch.tensor(tokens.score_ids, device=device())
     score_values = torch.tensor(grid.values, device=device())
@@ -480,7 +537,7 @@ def fit(
     state = State(part, network, optimiser, schedule)
     done, bad_steps, loop_started, stop = state.load(), 0, time.time(), StopSignal()
     lines = train(
-        network, optimiser, schedule, plan, loss=loss, score_in_ce=not mask_score, pad_id=pad_id, clip=clip,
+        network, optimiser, schedule, training, plan, loss=loss, score_in_ce=not mask_score, pad_id=pad_id, clip=clip,
         batch_size=batch_size, bf16=has_bf16(), label=f"stage {stage}", done=done,
     )  # fmt: skip
     every = eval_every or len(plan) // epochs
@@ -526,7 +583,7 @@ def fit(
         grid=str(grid), suffix=grid.suffix, no_cot=no_cot,
         counts=counts | {"trained": len(training), "held_out": len(validation), "too_long": len(too_long)},
         **metrics, last_step=log[-1], steps_not_taken=sum(not line["taken"] for line in log),
-        resumed_after_step=done, tokens_per_second=round(sum(len(e.ids) for w in plan[done:] for e in w) / seconds),
+        resumed_after_step=done, tokens_per_second=round(sum(training.lengths[i] for w in plan[done:] for i in w) / seconds),
         expected_memory_bytes=expected._asdict(), peak_memory_bytes=peak, device=str(device()), bf16=has_bf16(), **facts,
     )  # fmt: skip
     if merge and lora:
@@ -650,6 +707,9 @@ def make_parser(description: str, *, stage: int) -> argparse.ArgumentParser:
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
         help="recompute activations: slower, far less memory",
+    )
+    group.add_argument(
+        "--compile", action="store_true", dest="compile_blocks", help="torch.compile the blocks: later to start, then faster"
     )
     group.add_argument(
         "--save-every", type=runs.COUNT, default=200, help="steps after which the whole state is saved, to go on from"

@@ -27,7 +27,7 @@ import models  # noqa: E402
 import runs  # noqa: E402
 from loss import cot_raft_loss  # noqa: E402
 from models import Lora  # noqa: E402
-from records import IGNORE, Example  # noqa: E402
+from records import Example  # noqa: E402
 from stage1_train import make_optimiser, train  # noqa: E402
 
 SHAPES = {  # small enough for a laptop, with the proportions of the real ones
@@ -53,7 +53,7 @@ REAL = {  # of the models that --fit is about
 def random_examples(n: int, length: int, vocabulary: int) -> list[Example]:
     ids = torch.randint(10, vocabulary, (n, length), generator=torch.Generator().manual_seed(0)).tolist()
     start = length - length // 4
-    return [Example(str(i), row, [IGNORE] * start + row[start:], length - 2, 3.0) for i, row in enumerate(ids)]
+    return [Example(str(i), row, start, length - 2, 3.0) for i, row in enumerate(ids)]
 
 
 def peak_of(run) -> int:
@@ -110,10 +110,10 @@ def measure(config, lora: Lora | None, *, sequences: int, length: int, gradient_
         optimiser, schedule = make_optimiser(network, lr=1e-5, warmup=0.1, weight_decay=0.0, steps=steps)
         ids = {"score_ids": torch.arange(3, 8), "score_values": torch.arange(1.0, 6.0)}
         loss = partial(cot_raft_loss, **{name: tensor.to(models.device()) for name, tensor in ids.items()})
-        window = random_examples(2 * sequences, length, config.vocab_size)
+        examples = random_examples(2 * sequences, length, config.vocab_size)
         lines = train(
-            network, optimiser, schedule, [window] * steps, loss=loss, score_in_ce=True, pad_id=0, clip=1.0,
-            batch_size=sequences, bf16=bf16, label="",
+            network, optimiser, schedule, examples, [range(2 * sequences)] * steps, loss=loss, score_in_ce=True, pad_id=0,
+            clip=1.0, batch_size=sequences, bf16=bf16, label="",
         )  # fmt: skip
         assert all(line["taken"] for line in lines)
 

@@ -1,5 +1,6 @@
 """Generation: one cache for CoT and score, and a CoT that does not depend on its batch."""
 
+import itertools
 import json
 
 import pytest
@@ -20,14 +21,18 @@ def batch_of(prompts: list[str]) -> list[dict]:
     return [{"id": f"r{i}", "prompt": prompt} for i, prompt in enumerate(prompts)]
 
 
-def judged(model, tokenizer, batch, **sampling):
-    tokens = records.score_tokens(tokenizer, GRID)
-    return judge(model, tokenizer, batch, sampling=Sampling(**sampling), grid=GRID, tokens=tokens, seed=0, with_scores=True)
+def judged(model, tokenizer, batch, at_once=32, **sampling):
+    prompts, names = [records.prompt_ids(tokenizer, r["prompt"]) for r in batch], [f"0/{r['id']}" for r in batch]
+    results = judge(
+        model, tokenizer, prompts, names, sampling=Sampling(**sampling), grid=GRID, with_scores=True, at_once=at_once,
+        tokens=records.score_tokens(tokenizer, GRID),
+    )  # fmt: skip
+    return [result for _, result in sorted(results)]
 
 
 def fresh_scores(model, tokenizer, prompt: str, cot: str):
     """The same distribution from a forward pass over prompt + CoT + suffix, with no cache and no padding."""
-    prefix = records.prefix_ids(tokenizer, prompt, cot, GRID)
+    prefix = records.prefix_ids(tokenizer, records.prompt_ids(tokenizer, prompt), cot, GRID)
     ids = torch.tensor(records.score_tokens(tokenizer, GRID).score_ids)
     with torch.no_grad():
         return rail(model(torch.tensor([prefix])).logits[0, -1], score_ids=ids, score_values=torch.tensor(GRID.values))
@@ -85,15 +90,17 @@ def test_a_cot_ends_at_its_suffix_and_needs_one_more_token_for_its_scores(reques
         assert result.scores[0].probs == pytest.approx(fresh.probs.tolist(), abs=1e-4)
 
 
-def test_rows_leave_the_batch_and_no_cot_depends_on_its_batch(gpt2_tokenizer):
-    """Rows end at different steps; what remains is decoded as if it had always been alone.
+@pytest.mark.parametrize("at_once", [16, 5, 1])
+def test_rows_leave_the_batch_others_join_and_no_cot_depends_on_it(gpt2_tokenizer, at_once, monkeypatch):
+    """Rows end at different steps and make room for the next prompts; each is decoded as if it had always been alone.
 
     A small vocabulary: among 32,000 nearly equal probabilities another batch's rounding may well change what is drawn.
     """
+    monkeypatch.setattr(gen_cot, "READ", 9 * at_once)  # prompts have 3 to 9 tokens: some are read together, some alone
     model = random_model(gpt2_tokenizer)
     model.generation_config.eos_token_id = list(range(0, len(gpt2_tokenizer), 9))  # about one token in nine ends a row
     batch = [{"id": str(i), "prompt": "Why? " * (1 + i % 4)} for i in range(8)]
-    together = judged(model, gpt2_tokenizer, batch, max_new_tokens=25, num_cots=2)
+    together = judged(model, gpt2_tokenizer, batch, at_once, max_new_tokens=25, num_cots=2)
     lengths = [n for result in together for n in result.tokens]
     assert len(set(lengths)) > 3 and max(lengths) <= 25
     for record, result in zip(batch, together, strict=True):
@@ -108,40 +115,49 @@ def test_a_model_is_not_asked_beyond_its_positions(mistral_tokenizer):
     model = random_model(mistral_tokenizer, max_position_embeddings=32)
     suffix = records.score_tokens(mistral_tokenizer, GRID).suffix_ids
     prompt = records.prompt_ids(mistral_tokenizer, "Why?")
-    (written,) = decode(model, [prompt], ["a"], sampling=Sampling(), suffix_ids=suffix, end_ids=[])
+    (written,) = decode(model, [prompt], ["a"], sampling=Sampling(), suffix_ids=suffix, end_ids=[], at_once=1)
     assert len(prompt) + len(written.ids[0]) + len(suffix) + 2 == 32
 
 
 def test_sampling_follows_the_nucleus_and_the_penalty():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    unseen = torch.zeros(1, 4, dtype=torch.bool)
+    so_far = torch.tensor([[0, 0]])
     uniform = (torch.arange(10000) + 0.5) / 10000
-    repeated = logits.expand(10000, 4), unseen.expand(10000, 4), uniform
+    repeated = logits.expand(10000, 4), so_far.expand(10000, 2), uniform
     drawn = sample(*repeated, temperature=1.0, top_p=0.9, repetition_penalty=1.0)
     shares = torch.bincount(drawn, minlength=4) / 10000
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95, atol=1e-3, rtol=0)
-    greedy = sample(logits, unseen, torch.zeros(1), temperature=0, top_p=1.0, repetition_penalty=1.0)
+    greedy = sample(logits, so_far, torch.zeros(1), temperature=0, top_p=1.0, repetition_penalty=1.0)
     assert greedy.tolist() == [0]
-    seen = torch.tensor([[True, False, False, False]])  # log .5 · 2 = log .25 < log .3
-    assert sample(logits, seen, torch.zeros(1), temperature=0, top_p=1.0, repetition_penalty=2.0).tolist() == [1]
+    # log .5 · 2 = log .25 < log .3
+    assert sample(logits, so_far, torch.zeros(1), temperature=0, top_p=1.0, repetition_penalty=2.0).tolist() == [1]
+
+
+def test_a_nucleus_that_is_not_among_the_likeliest_is_found_all_the_same(monkeypatch):
+    """A peaked and a flat row: with the whole vocabulary sorted and with a part of it, the same tokens."""
+    logits = torch.randn(200, 600, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.5, 5.0]).repeat(100)[:, None]
+    given = (logits, torch.zeros(200, 1, dtype=torch.long), torch.linspace(0, 0.999, 200))
+    drawn = []
+    for likeliest in (600, 20):
+        monkeypatch.setattr(gen_cot, "NUCLEUS", likeliest)
+        drawn.append(sample(*given, temperature=1.0, top_p=0.9, repetition_penalty=1.0).tolist())
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) > 100
 
 
 def test_an_interrupted_file_goes_on_and_ends_the_same(tiny_records, write_jsonl, run_script, tmp_path, monkeypatch, capsys):
     data, out = write_jsonl("train.jsonl", tiny_records[:12]), tmp_path / "p.jsonl"
-    arguments = ["--model", records.TINY_SEED, "--data", data, "--batch-size", 4, "--seed", 5]
+    arguments = ["--model", records.TINY_SEED, "--data", data, "--batch-size", 1, "--seed", 5]
     run_script("predict", *arguments, "--out", tmp_path / "whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_bytes()
     rows = [json.loads(line) for line in whole.splitlines()]
     assert [row["id"] for row in rows] == [r["id"] for r in tiny_records[:12]]
     assert all(row["finished"] == [True] and row["score"] == r["score"] for row, r in zip(rows, tiny_records, strict=False))
 
-    calls, real = [], gen_cot.judge
+    real = gen_cot.judge
 
     def cut_off(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
+        yield from itertools.islice(real(*args, **kwargs), 5)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(gen_cot, "judge", cut_off)
     with pytest.raises(SystemExit):
@@ -155,7 +171,7 @@ def test_an_interrupted_file_goes_on_and_ends_the_same(tiny_records, write_jsonl
     monkeypatch.setattr(gen_cot, "judge", real)
     run_script("predict", *arguments, "--out", out)
     assert out.read_bytes() == whole and not part.exists()
-    assert "going on after 7 finished records" in capsys.readouterr().out
+    assert "going on after 4 finished records" in capsys.readouterr().out
 
     # What is finished is not written over
     with pytest.raises(SystemExit):
@@ -172,19 +188,19 @@ def test_gen_cot_keeps_the_annotated_cot_and_the_true_score(tiny_records, write_
 
 
 def test_out_of_memory_halves_the_batch(tiny_records, write_jsonl, run_script, tmp_path, monkeypatch, capsys):
-    data, real, sizes = write_jsonl("train.jsonl", tiny_records[:11]), gen_cot.judge, []
+    data, real, sizes = write_jsonl("train.jsonl", tiny_records[:25]), gen_cot.judge, []
 
-    def small_device(model, tokenizer, batch, **options):
-        sizes.append(len(batch))
-        if len(batch) > 3:
+    def small_device(*args, **options):
+        sizes.append((len(args[2]), options["at_once"]))
+        yield from itertools.islice(real(*args, **options), 3 if options["at_once"] > 3 else None)
+        if options["at_once"] > 3:
             raise torch.OutOfMemoryError
-        return real(model, tokenizer, batch, **options)
 
     monkeypatch.setattr(gen_cot, "judge", small_device)
     out = tmp_path / "cots.jsonl"
     run_script("gen_cot", "--model", records.TINY_SEED, "--data", data, "--out", out, "--batch-size", 8)
-    assert sizes == [8, 4, 2, 2, 2, 2, 2, 1] and len(out.read_text().splitlines()) == 11
-    assert "out of memory: going on with 2 prompts at a time" in capsys.readouterr().out
+    assert sizes == [(25, 8), (25, 4), (16, 2), (9, 2)] and len(out.read_text().splitlines()) == 25
+    assert "out of memory: going on with 2 sequences at a time" in capsys.readouterr().out
 
 
 def test_given_cots_are_scored_as_they_stand(tiny_records, write_jsonl, run_script, tmp_path, capsys):

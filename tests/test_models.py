@@ -17,7 +17,7 @@ import runs
 import stage1_train
 from bench import memory
 from models import Lora
-from records import IGNORE, Example
+from records import Example
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_out_of_memory_in_the_loop_names_the_batch(tiny_records, write_jsonl, ru
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    monkeypatch.setattr(stage1_train, "supervised_logits", full)
+    monkeypatch.setattr(stage1_train, "supervised_rows", full)
     data = write_jsonl("train.jsonl", tiny_records[:8])
     with pytest.raises(SystemExit) as exit:
         run_script("stage1_train", "--data", data, "--out", tmp_path / "out", "--val-fraction", 0)
@@ -207,9 +207,11 @@ def test_dry_run_needs_no_weights_and_no_network(mistral_tokenizer, write_jsonl,
 
 
 def test_what_is_shown_is_what_is_trained_on(tiny_tokenizer, capsys):
-    example = Example("a", [2, 10, 11, 12, 8, 3], [IGNORE, IGNORE, 11, 12, 8, 3], 4, 4.5)
+    example = Example("a", [2, 10, 11, 12, 8, 3], 2, 4, 4.5)
+    examples = stage1_train.Examples()
+    examples.append(example)
     tokens = records.score_tokens(tiny_tokenizer, records.Grid())
-    stage1_train.show(tiny_tokenizer, [example], tokens, max_length=9, score_in_ce=False)
+    stage1_train.show(tiny_tokenizer, examples, tokens, max_length=9, score_in_ce=False)
     shown = capsys.readouterr().out
     assert "record a, 2 tokens without loss" in shown and "2 tokens with CE" in shown
     assert "token 4, without CE" in shown and "The squared error to 4.5" in shown

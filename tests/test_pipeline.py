@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, random_model
 
 import records
-from records import IGNORE, Grid
+from records import Grid
 
 SCRIPTS = ["stage1_train", "gen_cot", "stage2_train", "predict", "eval"]
 PREPARE = ["data/tiny/prepare.py", "data/prometheus_bench/prepare.py", "data/feedback_collection/prepare.py"]
@@ -72,7 +72,7 @@ def test_bench_file_through_every_stage_twice(mistral_tokenizer, tmp_path, run_s
         example = records.encode(mistral_tokenizer, p | {"cot": p["cots"][0]}, grid=Grid(), score_ids=tokens.score_ids)
         assert example.ids[example.score_position] == tokens.score_ids[Grid().nearest(p["score"])]
         assert example.ids[example.score_position - 1] == 28705 and example.ids.count(1) == 1
-        assert example.labels.count(IGNORE) == len(records.prompt_ids(mistral_tokenizer, p["prompt"]))
+        assert example.start == len(records.prompt_ids(mistral_tokenizer, p["prompt"]))
     assert all(json.loads(line)["cots"] == [""] for line in (tmp_path / "a/no_cot.jsonl").read_text().splitlines())
 
 

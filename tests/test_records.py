@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 
 import records
 import runs
-from records import IGNORE, SUFFIX, Grid
+from records import SUFFIX, Grid
 from runs import InputError
 from stage1_train import collate
 
@@ -28,7 +28,7 @@ def test_mistral_ids_labels_and_score_position(mistral_tokenizer):
     prompt = [1, 28792, 16289, 28793, 1691, 378, 1179, 28804, 733, 28748, 16289, 28793]  # <s>[INST] Is it good? [/INST]
     target = [415, 4372, 349, 1179, 28723, 1537, 272, 7544, 7420, 349, 28705, 28781, 2]  # ..., "4", </s>
     assert example.ids == prompt + target
-    assert example.labels == [IGNORE] * len(prompt) + target
+    assert example.start == len(prompt)
     assert example.ids[example.score_position] == 28781 and example.score == 3.67
 
 
@@ -45,7 +45,7 @@ def test_llama31_ids_with_headers_and_a_system_text_that_is_always_the_same(llam
     target = [791, 4320, 374, 1695, 13, 2100, 279, 8244, 5573, 374, 220, 19, 128009]  # ..., " ", "4", <|eot_id|>
     example = encoded(llama31_tokenizer)
     assert example.ids == [128000, *system, *user, *target]
-    assert example.labels == [IGNORE] * (1 + len(system + user)) + target
+    assert example.start == len(example.ids) - len(target)
     assert records.score_tokens(llama31_tokenizer, GRID).score_ids == [16, 17, 18, 19, 20]
 
 
@@ -54,7 +54,7 @@ def test_byte_level_ids(byte_tokenizer):
     target = [byte + 3 for byte in f"{COT} So the overall score is 4".encode()] + [1]
     example = encoded(byte_tokenizer)
     assert example.ids == [byte + 3 for byte in f"{PROMPT}\n".encode()] + target
-    assert [label for label in example.labels if label != IGNORE] == target
+    assert example.ids[example.start :] == target
     assert example.ids[example.score_position] == ord("4") + 3
 
 
@@ -78,10 +78,10 @@ def test_the_end_is_learned_once_even_where_padding_is_the_same_token(name, requ
     tokenizer = copy.deepcopy(request.getfixturevalue(name))
     tokenizer.pad_token = tokenizer.eos_token
     short, long = encoded(tokenizer), encoded(tokenizer)._replace(ids=[5] * 9 + encoded(tokenizer).ids)
-    long = long._replace(labels=[IGNORE] * 9 + short.labels, score_position=short.score_position + 9)
+    long = long._replace(start=short.start + 9, score_position=short.score_position + 9)
     batch = collate([short, long], pad_id=tokenizer.pad_token_id)
     assert batch["targets"].tolist().count(tokenizer.eos_token_id) == 2
-    assert batch["predicts"][0].sum() == sum(label != IGNORE for label in short.labels)
+    assert batch["predicts"][0].sum() == len(short.ids) - short.start
 
 
 OWN = {"instruction": "Дай совет", "response": "ลองดู {x}", "rubric": {"criteria": "Useful?", "1": "No.", "5": "Yes."}}
@@ -107,7 +107,7 @@ def test_no_cot_supervises_score_and_end_alone(mistral_tokenizer):
     record = {"id": "a", "prompt": PROMPT, "score": 5}
     ids = records.score_tokens(mistral_tokenizer, GRID).score_ids
     example = records.encode(mistral_tokenizer, record, grid=GRID, score_ids=ids, no_cot=True)
-    assert [label for label in example.labels if label != IGNORE] == [28782, 2]
+    assert example.ids[example.start :] == [28782, 2]
     assert mistral_tokenizer.decode(example.ids[-9:-2]) == "] So the overall score is "
 
 
@@ -119,9 +119,9 @@ def test_training_prefix_is_generation_prefix(request, name, cot):
     ids = records.score_tokens(tokenizer, GRID).score_ids
     for score in (1, 4, 5):
         example = records.encode(tokenizer, {"id": "a", "prompt": PROMPT, "cot": cot, "score": score}, grid=GRID, score_ids=ids)
-        prefix = records.prefix_ids(tokenizer, PROMPT, cot, GRID)
-        assert prefix == example.ids[: example.score_position]
-        assert prefix[: len(records.prompt_ids(tokenizer, PROMPT))] == records.prompt_ids(tokenizer, PROMPT)
+        prompt = records.prompt_ids(tokenizer, PROMPT)
+        assert records.prefix_ids(tokenizer, prompt, cot, GRID) == example.ids[: example.score_position]
+        assert example.ids[: len(prompt)] == prompt
 
 
 def test_score_tokens_where_the_space_melts_and_where_not(gpt2_tokenizer, llama3_tokenizer):
@@ -176,7 +176,7 @@ def test_any_language_and_unknown_fields_pass_unharmed(write_jsonl, tmp_path):
     read = records.read_records(write_jsonl("a.jsonl", [row]), grid=GRID, need=("id", "prompt", "cot", "score"))
     runs.write_whole(tmp_path / "b.jsonl", "".join(map(runs.to_line, read)))
     assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
-    assert read == [row]
+    assert list(read) == [row]
 
 
 GOOD = {"id": "a", "prompt": "p", "cot": "c", "score": 4}
@@ -271,7 +271,7 @@ def test_what_is_odd_but_whole_is_read(tmp_path):
     big = NEXT | {"prompt": "long " * 2_000_000, "mine": {"any": [None, {"depth": "\u0000"}]}}
     path = tmp_path / "odd.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n" + json.dumps(big).encode())
-    assert records.read_records(path, grid=GRID) == [GOOD, big]
+    assert list(records.read_records(path, grid=GRID)) == [GOOD, big]
 
 
 TOKENIZERS = ["mistral_tokenizer", "llama31_tokenizer", "gpt2_tokenizer", "llama3_tokenizer", "tiny_tokenizer"]
@@ -295,7 +295,9 @@ def test_no_text_becomes_a_control_token_or_moves_the_score(name, request, promp
         assert tokenizer.unk_token_id not in example.ids
     assert example.score_position == len(example.ids) - 2
     assert example.ids[example.score_position] == ids[GRID.nearest(score)]
-    assert records.prefix_ids(tokenizer, prompt, cot, GRID) == example.ids[: example.score_position]
+    assert (
+        records.prefix_ids(tokenizer, records.prompt_ids(tokenizer, prompt), cot, GRID) == example.ids[: example.score_position]
+    )
 
 
 @pytest.mark.parametrize(

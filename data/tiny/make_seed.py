@@ -71,10 +71,10 @@ def main() -> None:
         "score_ids": torch.tensor(score_ids, device=device()),
         "score_values": torch.tensor(grid.values, device=device()),
     }
-    plan = [examples[i : i + 32] for i in range(0, len(examples), 32)]
+    plan = [range(i, i + 32) for i in range(0, len(examples), 32)]
     optimiser, schedule = make_optimiser(model, lr=3e-3, warmup=0.05, weight_decay=0.01, steps=len(plan))
     *_, last = train(
-        model, optimiser, schedule, plan, loss=partial(cot_raft_loss, lam=0.0, **values), score_in_ce=True,
+        model, optimiser, schedule, examples, plan, loss=partial(cot_raft_loss, lam=0.0, **values), score_in_ce=True,
         pad_id=tokenizer.pad_token_id, clip=1.0, batch_size=32, bf16=False, label="seed model",
     )  # fmt: skip
     shutil.rmtree(args.out, ignore_errors=True)
