@@ -178,9 +178,9 @@ def main() -> None:
     if args.model:
         model = models.load_model(args.model, dtype=dtype)
     else:
-        # Weights so large that the model is as sure of its next token as a trained one, and heeds what it reads
-        config = workload.shape(args.vocabulary, layers=args.layers, hidden=args.hidden, spread=0.3)
-        model = workload.random_model(config, dtype)
+        # Weights so large that the model heeds what it reads, and is as sure of its next token as a trained one
+        config = workload.shape(args.vocabulary, layers=args.layers, hidden=args.hidden, spread=0.2)
+        model = workload.random_model(config, dtype, sharp=3)
     tokens = records.score_tokens(tokenizer, grid)
     if args.data:
         rows = records.read_records(args.data, grid=grid, need=("id", "prompt", "cot"))

@@ -5,29 +5,28 @@
     python bench/memory.py --model mistral-7b --length 1500        # on a GPU, random weights of a model's exact shape
 
 Each case takes two optimiser steps of two batches each in stage 1's loop, on random tokens of which a quarter is supervised.
-Measured is the peak of what tensors hold: on a GPU what the allocator counts, on a CPU the sum of the profiler's allocations
-and releases. Ends with one JSON line.
+Measured is the peak of what tensors hold. Ends with one JSON line.
 """
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import machine  # noqa: E402
+import workload  # noqa: E402
+
 import models  # noqa: E402
 import runs  # noqa: E402
 from loss import cot_raft_loss  # noqa: E402
 from models import Lora  # noqa: E402
-from records import Example  # noqa: E402
 from stage1_train import make_optimiser, train  # noqa: E402
 
 SHAPES = {  # small enough for a laptop, with the proportions of the real ones
@@ -41,37 +40,6 @@ SHAPES = {  # small enough for a laptop, with the proportions of the real ones
     ),
 }  # fmt: skip
 
-BLOCKS = dict(
-    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
-)  # fmt: skip
-REAL = {  # of the models that --fit is about
-    "mistral-7b": MistralConfig(vocab_size=32000, sliding_window=None, **BLOCKS),
-    "llama-3.1-8b": LlamaConfig(vocab_size=128256, **BLOCKS),
-}
-
-
-def random_examples(n: int, length: int, vocabulary: int) -> list[Example]:
-    ids = torch.randint(10, vocabulary, (n, length), generator=torch.Generator().manual_seed(0)).tolist()
-    start = length - length // 4
-    return [Example(str(i), row, start, length - 2, 3.0) for i, row in enumerate(ids)]
-
-
-def peak_of(run) -> int:
-    """Bytes that tensors hold at the peak of run(), beyond what they held before."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    changes = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for _, change in sorted(changes, key=lambda change: change[0]):
-        now += change
-        peak = max(peak, now)
-    return peak
-
 
 def expect(config, lora: Lora | None, **sizes) -> models.Memory:
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +50,7 @@ def expect(config, lora: Lora | None, **sizes) -> models.Memory:
 def fit() -> None:
     """What stage 1 will say of the 7B and 8B models on a GPU: nothing is measured here."""
     print("| model | trained | sequences of 3,000 tokens | checkpointed | all activations kept |\n" + "| --- " * 5 + "|")
-    for name, config in REAL.items():
+    for name, config in workload.REAL.items():
         for lora in (Lora(), None):
             for sequences in (1, 4):
                 cells = [name, "LoRA" if lora else "all weights", str(sequences)]
@@ -110,14 +78,14 @@ def measure(config, lora: Lora | None, *, sequences: int, length: int, gradient_
         optimiser, schedule = make_optimiser(network, lr=1e-5, warmup=0.1, weight_decay=0.0, steps=steps)
         ids = {"score_ids": torch.arange(3, 8), "score_values": torch.arange(1.0, 6.0)}
         loss = partial(cot_raft_loss, **{name: tensor.to(models.device()) for name, tensor in ids.items()})
-        examples = random_examples(2 * sequences, length, config.vocab_size)
+        examples = workload.random_examples(2 * sequences, length, config.vocab_size)
         lines = train(
             network, optimiser, schedule, examples, [range(2 * sequences)] * steps, loss=loss, score_in_ce=True, pad_id=0,
             clip=1.0, batch_size=sequences, bf16=bf16, label="",
         )  # fmt: skip
         assert all(line["taken"] for line in lines)
 
-    measured = peak_of(run)
+    measured = machine.peak_of(run)
     return {
         "lora": bool(lora), "gradient_checkpointing": gradient_checkpointing, "sequences": sequences, "length": length,
         "expected": expected._asdict() | {"total": expected.total}, "measured": measured,
@@ -150,10 +118,10 @@ def main() -> None:
                     f"expected {case['expected']['total'] / 2**30:7.2f} GiB, measured {case['measured'] / 2**30:7.2f} GiB, "
                     f"ratio {case['expected_to_measured']:.2f}"
                 )
-    report = {"device": str(models.device()), "machine": platform.machine(), "torch": torch.__version__, "cases": cases}
+    report = {"bench": "memory", "machine": machine.machine(), "cases": cases}
     if args.out:
         runs.write_whole(args.out, json.dumps(report, indent=1) + "\n")
-    print(json.dumps({"device": report["device"], "ratios": [case["expected_to_measured"] for case in cases]}))
+    print(json.dumps({"device": report["machine"]["device"], "ratios": [case["expected_to_measured"] for case in cases]}))
 
 
 if __name__ == "__main__":

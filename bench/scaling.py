@@ -147,7 +147,7 @@ def of_judging(axis: str, sizes: list[int], rounds: int) -> dict:
     prompts = [records.prompt_ids(tokenizer, record["prompt"]) for record in texts]
     for size in sizes:
         own = {"num_cots": 1, "batch_size": 16, "vocabulary": 32000} | {axis: size}
-        model = workload.random_model(workload.shape(own["vocabulary"], spread=0.3), torch.float32)
+        model = workload.random_model(workload.shape(own["vocabulary"], spread=0.2), torch.float32, sharp=3)
         again = itertools.islice(itertools.cycle(texts), len(texts) * own["num_cots"])
         cots = [records.target_ids(tokenizer, record["cot"], "1")[:-1] for record in again]
 

@@ -34,11 +34,14 @@ def shape(vocabulary: int, *, layers: int = 4, hidden: int = 256, spread: float 
     )  # fmt: skip
 
 
-def random_model(config, dtype: torch.dtype, *, seed: int = 0):
-    """Random weights, made on the device."""
+def random_model(config, dtype: torch.dtype, *, sharp: float = 1.0, seed: int = 0):
+    """Random weights, made on the device; those of the head `sharp` times as large, so that fewer tokens are likely."""
     torch.manual_seed(seed)
     with device():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(sharp)
+    return model
 
 
 def random_examples(n: int, length: int, vocabulary: int, *, share: float = 0.25) -> list[Example]:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 MISTRAL_TEMPLATE = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
 CORPUS = ["The answer is good. So the overall score is 1 2 3 4 5", "So the overall score is 10 " * 3] * 50

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import random_model
+from transformers.cache_utils import DynamicLayer
 
 import gen_cot
 import records
@@ -109,6 +110,16 @@ def test_rows_leave_the_batch_others_join_and_no_cot_depends_on_it(gpt2_tokenize
         for cot, score in zip(result.cots, result.scores, strict=True):
             fresh = fresh_scores(model, gpt2_tokenizer, record["prompt"], cot)
             assert score.probs == pytest.approx(fresh.probs.tolist(), abs=1e-4)
+
+
+def test_a_cache_that_grows_in_place_holds_what_one_that_copies_holds():
+    ours, theirs = gen_cot.GrowingLayer(), DynamicLayer()
+    for n in (7, 1, 1, 127, 1, 300, 1):
+        keys, values = torch.randn(2, 3, 4, n, 5)
+        for layer in (ours, theirs):
+            layer.update(keys, values)
+        torch.testing.assert_close((ours.keys, ours.values), (theirs.keys, theirs.values), rtol=0, atol=0)
+    assert ours.get_seq_length() == 438
 
 
 def test_a_model_is_not_asked_beyond_its_positions(mistral_tokenizer):

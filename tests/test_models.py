@@ -146,6 +146,39 @@ def test_expected_memory_counts_every_adapter(tmp_path, tiny_tokenizer):
     assert expected.weights == 4 * sum(p.numel() for p in model.parameters())
 
 
+def test_as_many_sequences_as_free_memory_takes(tiny_tokenizer, monkeypatch):
+    """Half as many where sequences are twice as long, twice as many where twice the memory is free."""
+    model = random_model(tiny_tokenizer)
+    assert models.rows_that_fit(model, 100) == 32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3000)
+
+    def rows(length: int, free: int) -> int:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2 * free))
+        return models.rows_that_fit(model, length)
+
+    few = rows(2000, 50 * 2**20)
+    assert 1 < few < 250 and rows(1000, 50 * 2**20) == pytest.approx(2 * few, rel=0.1)
+    assert rows(2000, 100 * 2**20) == pytest.approx(2 * few, rel=0.1)
+    assert rows(2000, 1) == 1 and rows(2000, 2**50) == 512
+
+
+def test_compiled_blocks_train_the_same(tiny_records, write_jsonl, run_script, tmp_path, monkeypatch):
+    """Through torch.compile's tracing, with a backend that computes what was traced."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend="eager", **options))
+    options = ["--data", write_jsonl("train.jsonl", tiny_records[:40]), "--epochs", 1, "--val-fraction", 0.2, "--eval-size", 3]
+    for name, own in (("plain", []), ("compiled", ["--compile", "--gradient-checkpointing"])):
+        run_script("stage1_train", *options, *own, "--out", tmp_path / name)
+    plain, compiled = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("plain", "compiled")
+    )
+    assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in plain], abs=1e-4)
+    assert compiled[-1]["own_cots"]["n"] == 3
+
+
 def test_out_of_memory_in_the_loop_names_the_batch(tiny_records, write_jsonl, run_script, tmp_path, monkeypatch, capsys):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import tracemalloc
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -177,6 +179,20 @@ def test_any_language_and_unknown_fields_pass_unharmed(write_jsonl, tmp_path):
     runs.write_whole(tmp_path / "b.jsonl", "".join(map(runs.to_line, read)))
     assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
     assert list(read) == [row]
+
+
+def test_records_stay_in_their_file_and_a_changed_file_is_noticed(write_jsonl):
+    rows = [{"id": f"r{i}", "prompt": "Very long. " * 10_000} for i in range(60)]
+    path = write_jsonl("a.jsonl", rows)
+    tracemalloc.start()
+    read = records.read_records(path, grid=GRID)
+    assert [record["id"] for record in read] == [row["id"] for row in rows] and read[-1] == rows[-1]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size > 6e6 and peak < 2e6
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(runs.InputError, match="was changed while it was being read"):
+        read[0]
 
 
 GOOD = {"id": "a", "prompt": "p", "cot": "c", "score": 4}
