@@ -101,13 +101,11 @@ class GrowingLayer(DynamicLayer):
         end = used + keys.shape[-2]
         if end > self.room:
             self.room = end + 128
-            before, self.whole = (
-                (self.keys, self.values),
-                [x.new_empty(*x.shape[:2], self.room, x.shape[-1]) for x in (keys, values)],
-            )
-            for whole, old in zip(self.whole, before, strict=True):
+            wider = [x.new_empty(*x.shape[:2], self.room, x.shape[-1]) for x in (keys, values)]
+            for whole, old in zip(wider, (self.keys, self.values), strict=True):
                 if used:
                     whole[..., :used, :] = old
+            self.whole = wider
         for whole, new in zip(self.whole, (keys, values), strict=True):
             whole[..., used:end, :] = new
         self.keys, self.values = (whole[..., :end, :] for whole in self.whole)
@@ -444,27 +442,28 @@ def judge_file(
     network = load_model(model, dtype=torch.bfloat16 if has_bf16() else torch.float32)
     room = (getattr(network.config, "max_position_embeddings", None) or max_length) - len(tokens.suffix_ids) - 2
     too_long = records.too_long(lengths, min(max_length, room))
-    fitting = [i for i, id in enumerate(all_records.ids) if id not in too_long]
+    names = all_records.ids
+    fitting = [i for i, id in enumerate(names) if id not in too_long]
     # Like lengths together, the longest first: if memory binds, at once
-    fitting.sort(key=lambda i: -lengths[all_records.ids[i]])
+    fitting.sort(key=lambda i: -lengths[names[i]])
 
     at_once, most, generated, i = 1, 10**9, 0, 0
     with tqdm(total=len(fitting), initial=len(part.done), desc=out.stem, unit="record", dynamic_ncols=True) as bar:
         while i < len(fitting):
-            longest = lengths[all_records.ids[fitting[i]]] + sampling.max_new_tokens
+            longest = lengths[names[fitting[i]]] + sampling.max_new_tokens
             at_once = min(batch_size or rows_that_fit(network, longest), most)
             # What is judged together stays together, also where some was done before: in another batch, sums round differently
             together = fitting[i : i + max(1, TOGETHER * at_once // sampling.num_cots)]
             i += len(together)
-            if all(all_records.ids[j] in part.done for j in together):
+            if all(names[j] in part.done for j in together):
                 continue
             try:
                 for k, judgement in judge(
-                    network, tokenizer, [prompts[j] for j in together], [f"{seed}/{all_records.ids[j]}" for j in together],
+                    network, tokenizer, [prompts[j] for j in together], [f"{seed}/{names[j]}" for j in together],
                     sampling=sampling, grid=grid, tokens=tokens, with_scores=with_scores, at_once=at_once,
                     given=[cots_given(all_records[j]) for j in together] if given else None,
                 ):  # fmt: skip
-                    if all_records.ids[together[k]] not in part.done:
+                    if names[together[k]] not in part.done:
                         part.add(all_records[together[k]] | fields(judgement, grid))
                         generated += sum(judgement.tokens)
                         bar.set_postfix(tok_s=f"{generated / (time.time() - bar.start_t):.0f}", at_once=at_once, refresh=False)
@@ -476,7 +475,7 @@ def judge_file(
                 torch.cuda.empty_cache()
                 bar.write(f"out of memory: going on with {most} sequences at a time")
 
-    order = [id for id in all_records.ids if id not in too_long]
+    order = [id for id in names if id not in too_long]
     unfinished = []
     if sampling.max_new_tokens:
         unfinished = [id for id in order if not all(part.lines[part.done[id]]["finished"])]

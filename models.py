@@ -238,16 +238,14 @@ def memory_there() -> int:
 def rows_that_fit(model, length: int) -> int:
     """As many sequences of `length` tokens as can be generated at once with the memory that is free; on a CPU 32.
 
-    A sequence takes its keys and values, twice while rows are moved, the working memory of its prompt's forward pass, and
-    the logits with what sampling makes of them.
+    A sequence takes its keys and values, twice while rows are moved, and the logits with what sampling makes of them.
     """
     if not torch.cuda.is_available():
         return 32
     config, size = model.config.get_text_config(), next(model.parameters()).element_size()
-    h, heads = config.hidden_size, config.num_attention_heads
-    width = getattr(config, "head_dim", None) or h // heads
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
     cache = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
-    reading = 4 * (getattr(config, "intermediate_size", None) or 4 * h) + 8 * h
-    row = length * size * (2 * cache + reading) + 24 * config.vocab_size
+    row = 2 * length * cache * size + 24 * config.vocab_size
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return max(1, min(512, int(0.8 * free) // row))
