@@ -205,11 +205,12 @@ def main() -> None:
         "sorting": ({"NUCLEUS": 10**9}, several),
     }
 
-    def run(way: str) -> list[list[Rail]]:
+    def run(way: str, first: int = len(prompts)) -> list[list[Rail]]:
+        some = model, tokenizer, prompts[:first], texts[: first * n]
         if way == "authors":
-            return authors(model, tokenizer, prompts, texts, **same)
+            return authors(*some, **same)
         replace, together = levers[way]
-        return ours(model, tokenizer, prompts, texts, **same, replace=replace, together=together)
+        return ours(*some, **same, replace=replace, together=together)
 
     def numbers(found: list[list[Rail]]) -> torch.Tensor:
         """Renormalised: a random model puts next to nothing on the scores, and nothing would be easy to agree on."""
@@ -225,6 +226,7 @@ def main() -> None:
     spread = float(found[ways[0]][:, 0].std())
     assert spread > 0.1, "all scores are the same: nothing was compared"
 
+    peak = {way: machine.peak_of(lambda way=way: run(way, batch)) for way in ways}  # of a batch of the longest prompts
     times = {way: [] for way in ways}
     for _ in range(args.rounds):
         for way in ways:
@@ -246,14 +248,15 @@ def main() -> None:
         "seconds_a_prompt": {way: round(median[way], 4) for way in ways},
         "times": {way: [round(t, 4) for t in times[way]] for way in ways},
         "tokens_per_second": {way: round(sum(map(len, texts)) / len(prompts) / median[way]) for way in ways},
+        "peak_bytes": peak,
         "ratio_to_ours": {way: machine.median_ratio(times[way], times["ours"]) for way in ways},
         "share_of_limit": round(limit / len(prompts) / median["ours"], 4),
         "where": {name: round(share / whole, 4) for name, share in spent.items()},
     }  # fmt: skip
-    print(f"\n{'way':10} {'s/prompt':>8} {'ratio':>6} {'generated tok/s':>15}")
+    print(f"\n{'way':10} {'s/prompt':>8} {'ratio':>6} {'generated tok/s':>15} {'peak MiB':>8}")
     for way in ways:
         ratio = result["ratio_to_ours"][way]["median"]
-        print(f"{way:10} {median[way]:8.3f} {ratio:6.2f} {result['tokens_per_second'][way]:15}")
+        print(f"{way:10} {median[way]:8.3f} {ratio:6.2f} {result['tokens_per_second'][way]:15} {peak[way] / 2**20:8.0f}")
     line = json.dumps(result, default=str)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
