@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,24 +92,43 @@ NUCLEUS = 256  # tokens among which the nucleus nearly always lies; where not, t
 class GrowingLayer(DynamicLayer):
     """A layer's keys and values with room ahead: a new token is written in place; DynamicLayer copies all the others."""
 
-    room = 0
+    room = 0  # columns of `held`; keys and values are views of those in use
+
+    def hold(self, keys: Tensor, values: Tensor, rows: int, columns: int) -> None:
+        self.room = columns + 128
+        self.held = [x.new_empty(rows, x.shape[1], self.room, x.shape[3]) for x in (keys, values)]
+
+    def use(self, columns: int) -> None:
+        self.keys, self.values = (held[:, :, :columns] for held in self.held)
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        used = self.get_seq_length()
-        end = used + keys.shape[-2]
+        used, old = self.get_seq_length(), (self.keys, self.values)
+        end = used + keys.shape[2]
         if end > self.room:
-            self.room = end + 128
-            wider = [x.new_empty(*x.shape[:2], self.room, x.shape[-1]) for x in (keys, values)]
-            for whole, old in zip(wider, (self.keys, self.values), strict=True):
-                if used:
-                    whole[..., :used, :] = old
-            self.whole = wider
-        for whole, new in zip(self.whole, (keys, values), strict=True):
-            whole[..., used:end, :] = new
-        self.keys, self.values = (whole[..., :end, :] for whole in self.whole)
+            self.hold(keys, values, len(keys), end)
+            for held, x in zip(self.held, old if used else (), strict=False):
+                held[:, :, :used] = x
+        for held, x in zip(self.held, (keys, values), strict=True):
+            held[:, :, used:end] = x
+        self.use(end)
         return self.keys, self.values
+
+    @classmethod
+    def stacked(cls, parts: list[tuple["GrowingLayer", Tensor]], columns: int) -> "GrowingLayer":
+        """A layer with these rows of these layers, right-aligned in so many columns."""
+        layer, at = copy.copy(parts[0][0]), 0
+        layer.hold(layer.keys, layer.values, sum(len(which) for _, which in parts), columns)
+        for part, which in parts:
+            for held, x in zip(layer.held, (part.keys, part.values), strict=True):
+                own = x[:, :, -columns:][which]
+                start = columns - own.shape[2]
+                held[at : at + len(which), :, :start] = 0
+                held[at : at + len(which), :, start:columns] = own
+            at += len(which)
+        layer.use(columns)
+        return layer
 
 
 def random_numbers(name: str, n: int) -> Tensor:
@@ -118,74 +137,61 @@ def random_numbers(name: str, n: int) -> Tensor:
     return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
 
 
-def feed(model, cache: DynamicCache, ids: Tensor, mask: Tensor, positions: Tensor, rows_at: Tensor | None = None) -> Tensor:
-    """Append `ids` (B, N) to the cache; logits (B, V) of the last of them, or of column `rows_at` (B,) in each row.
+def feed(model, cache: DynamicCache, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    """Append `ids` (B, N) to the cache; their hidden states (B, N, D).
 
     mask (B, T + N) marks the real tokens of the cache and of `ids`; positions (B, N) are theirs in their own sequence.
     """
-    hidden = model.get_decoder()(
+    return model.get_decoder()(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-    ).last_hidden_state  # (B, N, D)
-    rows_at = torch.full_like(ids[:, 0], -1) if rows_at is None else rows_at
-    return head(model, hidden[torch.arange(len(ids)), rows_at])
+    ).last_hidden_state
 
 
 class Batch(NamedTuple):
     """Rows being written. Each row's tokens are the last of its columns, so that rows can come and go."""
 
-    rows: Tensor  # (B,) their numbers among all rows
     cache: DynamicCache
     mask: Tensor  # (B, T), 1 where a column of the cache holds a token of the row
-    ids: Tensor  # (B, T), and one column more for what was sampled and is not yet in the cache
-    logits: Tensor  # (B, V) of the next token
+    ids: Tensor  # (B, T + 1): the last column is not in the cache yet
 
-    def pick(self, which: Tensor) -> "Batch":
-        """A batch of its own of these rows, indices or bool, without the columns that none of them needs."""
-        mask, cache = self.mask[which], copy.copy(self.cache)
-        left = mask.shape[1] - int(mask.sum(-1).max()) if can_join(cache) else 0
+
+def gather(parts: list[tuple[Batch, Tensor]]) -> Batch:
+    """One batch of these rows (indices) of these batches, without the columns that none of them needs."""
+    first, which = parts[0]
+    cache = copy.copy(first.cache)
+    if can_join(cache):
+        columns = max(1, *(int(batch.mask[which].sum(-1).max()) for batch, which in parts))
+        layers = zip(*([(layer, which) for layer in batch.cache.layers] for batch, which in parts), strict=True)
+        cache.layers = [GrowingLayer.stacked(list(layer), columns) for layer in layers]
+    else:
+        columns = first.mask.shape[1]
         cache.layers = [copy.copy(layer) for layer in cache.layers]
         for layer in cache.layers:
-            layer.keys, layer.values, layer.room = layer.keys[which][:, :, left:], layer.values[which][:, :, left:], 0
-        return Batch(self.rows[which], cache, mask[:, left:], self.ids[which][:, left:], self.logits[which])
+            layer.keys, layer.values = layer.keys[which], layer.values[which]
 
+    def wide(x: Tensor, columns: int) -> Tensor:
+        return F.pad(x, (columns - x.shape[1], 0))  # less than nothing crops
 
-def join(batches: list[Batch]) -> Batch:
-    """One batch of the rows of all."""
-    if len(batches) == 1:
-        return batches[0]
-    width = max(batch.mask.shape[1] for batch in batches)
-
-    def wide(parts: Iterable[Tensor], *after: int) -> Tensor:
-        lefts = (width - batch.mask.shape[1] for batch in batches)
-        return torch.cat([F.pad(part, (*after, left, 0)) for part, left in zip(parts, lefts, strict=True)])
-
-    cache = copy.copy(batches[0].cache)
-    cache.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer, own in zip(cache.layers, zip(*(batch.cache.layers for batch in batches), strict=True), strict=True):
-        layer.keys, layer.values, layer.room = wide((x.keys for x in own), 0, 0), wide((x.values for x in own), 0, 0), 0
-    rows, _, mask, ids, logits = zip(*batches, strict=True)
-    return Batch(torch.cat(rows), cache, wide(mask), wide(ids), torch.cat(logits))
+    mask = torch.cat([wide(batch.mask[which], columns) for batch, which in parts])
+    return Batch(cache, mask, torch.cat([wide(batch.ids[which], columns + 1) for batch, which in parts]))
 
 
 def can_join(cache: DynamicCache) -> bool:
     return all(isinstance(layer, GrowingLayer) for layer in cache.layers)  # a sliding window counts columns
 
 
-def read_prompts(model, prompts: list[list[int]], rows: Tensor) -> Batch:
-    """The batch in which each prompt has its share of `rows`; each prompt is read once."""
-    cache, n = DynamicCache(config=model.config), len(rows) // len(prompts)
+def read_prompts(model, prompts: list[list[int]]) -> list[Batch]:
+    """Batches of all prompts, in order, the last token of each still to be fed."""
+    cache = DynamicCache(config=model.config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    if len(prompts) > 1 and len(prompts) * max(map(len, prompts)) > READ and can_join(cache):
+    columns = max(2, *map(len, prompts))
+    if len(prompts) > 1 and len(prompts) * columns > READ and can_join(cache):
         half = len(prompts) // 2
-        return join(
-            [read_prompts(model, prompts[:half], rows[: half * n]), read_prompts(model, prompts[half:], rows[half * n :])]
-        )
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device())  # (P, T)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device())
-    logits = feed(model, cache, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0))  # (P, V)
-    batch = Batch(rows[: len(prompts)], cache, mask, ids, logits)
-    return batch if n == 1 else batch.pick(torch.arange(len(rows)) // n)._replace(rows=rows)
+        return read_prompts(model, prompts[:half]) + read_prompts(model, prompts[half:])
+    ids = torch.tensor([[0] * (columns - len(p)) + p for p in prompts], device=device())  # (P, T + 1)
+    mask = torch.tensor([[0] * (columns - len(p)) + [1] * (len(p) - 1) for p in prompts], device=device())  # (P, T)
+    feed(model, cache, ids[:, :-1], mask, (mask.cumsum(-1) - 1).clamp(min=0))
+    return [Batch(cache, mask, ids)]
 
 
 READ = 2048  # tokens of prompts, with their padding, that are read at a time: more would be no faster, and padded more
@@ -196,7 +202,7 @@ class Written(NamedTuple):
 
     rows: list[int]
     ids: list[list[int]]  # what was generated
-    cached: list[list[int]]  # prompt and what was generated, but its last token, which was never fed
+    cached: list[list[int]]  # prompt and what was generated, but the last token, which was never fed
     cache: DynamicCache
     mask: Tensor  # (len(rows), T)
 
@@ -218,44 +224,53 @@ def decode(
     """
     n, begun, batch = sampling.num_cots, 0, None
     # A model can't go beyond the positions it was made for, and the suffix and the score still have to fit
-    room = (getattr(model.config, "max_position_embeddings", None) or 10**9) - len(suffix_ids) - 2
+    positions = getattr(model.config, "max_position_embeddings", None) or 10**9
+    room = positions - len(suffix_ids) - 2
     limit = [max(0, min(sampling.max_new_tokens, room - len(prompts[row // n]))) for row in range(len(names))]
     steps = max(1, *limit)
     uniform = torch.stack([random_numbers(name, steps) for name in names]).to(device())  # (rows, steps)
     suffix, ends, limit = (torch.tensor(x, device=device()) for x in (suffix_ids, end_ids, limit))
-    lengths, done = torch.zeros_like(limit), limit == 0  # of all rows
+    rows, lengths, done = torch.zeros_like(limit[:0]), torch.zeros_like(limit), limit == 0  # rows: those in the batch
 
     while batch is not None or begun < len(prompts):
-        free = at_once - len(batch.rows) if batch is not None else max(at_once, n)
-        if (more := min(free // n, len(prompts) - begun)) > 0 and (batch is None or can_join(batch.cache)):
-            rows = torch.arange(begun * n, (begun + more) * n, device=device())
-            new = read_prompts(model, prompts[begun : begun + more], rows)
-            batch, begun = join([new] if batch is None else [batch, new]), begun + more
+        # Whoever is done leaves, and the next prompts take their place
+        over = done[rows]
+        leave = batch is not None and 4 * int(over.sum()) >= len(rows)
+        if leave:
+            own, gone, new, cached = gather([(batch, over.nonzero()[:, 0])]), rows[over].tolist(), [], []
+            columns = own.mask.sum(-1).tolist()
+            for row, line, held, length in zip(gone, own.ids.tolist(), columns, lengths[gone].tolist(), strict=True):
+                prompt = prompts[row // n]
+                new.append(line[-held - 1 :][len(prompt) :][:length])
+                cached.append((prompt + new[-1])[:-1])
+            yield Written(gone, new, cached, own.cache, own.mask)
+        stay = (~over if leave else torch.ones_like(over)).nonzero()[:, 0]
+        parts, rows = [(batch, stay)] if len(stay) else [], rows[stay]
+        more = min((max(at_once, n) - len(stay)) // n, len(prompts) - begun) if not parts or can_join(batch.cache) else 0
+        if more > 0:
+            for own in read_prompts(model, prompts[begun : begun + more]):
+                parts.append((own, torch.arange(len(own.ids) * n, device=device()) // n))
+            rows = torch.cat([rows, torch.arange(begun * n, (begun + more) * n, device=device())])
+            begun += more
+        if leave or more > 0:
+            batch = gather(parts) if parts else None
+            if batch is None or bool(done[rows].all()):
+                continue
 
-        rows, ids = batch.rows, batch.ids
+        # Everyone writes a token; rows that are done run along, `cached` ends before that
+        position = batch.mask.sum(-1, keepdim=True)
+        mask = torch.cat([batch.mask, torch.ones_like(position)], 1)
+        hidden = feed(model, batch.cache, batch.ids[:, -1:], mask, position.clamp(max=positions - 1))
         token = sample(
-            batch.logits, torch.where(batch.mask > 0, ids, ids[:, -1:]), uniform[rows, lengths[rows].clamp(max=steps - 1)],
-            temperature=sampling.temperature, top_p=sampling.top_p, repetition_penalty=sampling.repetition_penalty,
+            head(model, hidden[:, -1]), torch.where(mask > 0, batch.ids, batch.ids[:, -1:]),
+            uniform[rows, lengths[rows].clamp(max=steps - 1)], temperature=sampling.temperature, top_p=sampling.top_p,
+            repetition_penalty=sampling.repetition_penalty,
         )  # fmt: skip
-        batch = batch._replace(ids=torch.cat([ids, token[:, None]], 1))
+        batch = Batch(batch.cache, mask, torch.cat([batch.ids, token[:, None]], 1))
         lengths[rows] += (~done[rows]).long()
         tail = batch.ids[:, -len(suffix) :]
         at_suffix = (tail == suffix[-tail.shape[1] :]).all(-1) & (lengths[rows] >= len(suffix))
         done[rows] |= at_suffix | torch.isin(token, ends) | (lengths[rows] == limit[rows])
-
-        if 4 * int((over := done[rows]).sum()) >= len(rows):
-            own = batch.pick(over)
-            new, cached = [], []
-            for row, line, columns in zip(own.rows.tolist(), own.ids.tolist(), own.mask.sum(-1).tolist(), strict=True):
-                prompt = prompts[row // n]
-                new.append(line[-columns - 1 :][len(prompt) :][: int(lengths[row])])
-                cached.append(prompt + new[-1][:-1])
-            yield Written(own.rows.tolist(), new, cached, own.cache, own.mask)
-            batch = None if over.all() else batch.pick(~over)
-        if batch is not None:  # rows that are done run along; `cached` ends before that
-            position = batch.mask.sum(-1, keepdim=True)
-            mask = torch.cat([batch.mask, torch.ones_like(position)], 1)
-            batch = batch._replace(mask=mask, logits=feed(model, batch.cache, batch.ids[:, -1:], mask, position))
 
 
 def read_scores(model, written: Written, wanted: list[list[int]], *, score_ids: Tensor, score_values: Tensor) -> Rail:
@@ -274,8 +289,9 @@ def read_scores(model, written: Written, wanted: list[list[int]], *, score_ids: 
     start = torch.tensor(kept, device=device())[:, None]
     in_use = written.mask * (written.mask.cumsum(-1) <= start)
     positions = start + torch.arange(longest, device=device())
-    logits = feed(model, written.cache, ids, torch.cat([in_use, real], 1), positions, rows_at=real.sum(-1) - 1)
-    return rail(logits, score_ids=score_ids, score_values=score_values)
+    hidden = feed(model, written.cache, ids, torch.cat([in_use, real], 1), positions)
+    at_end = hidden[torch.arange(len(ids)), real.sum(-1) - 1]
+    return rail(head(model, at_end), score_ids=score_ids, score_values=score_values)
 
 
 def read_cot(tokenizer, ids: list[int], suffix: str) -> tuple[str, bool]:

@@ -131,25 +131,25 @@ def authors(model, tokenizer, prompts, texts, *, sampling, grid, tokens, batch_s
 
 @contextmanager
 def stopwatch():
-    """Seconds that our way spends in the model, by what it reads or writes there, and in sampling."""
-    spent = Counter()
+    """Seconds that our way spends on reading prompts, on CoTs, in sampling and on the scores; the rest is bookkeeping."""
+    spent, running = Counter(), []
 
-    def timed(real, name_of):
+    def timed(name: str, real):
         def run(*args, **options):
-            name = name_of(*args, **options)
+            if running:  # inside another of these
+                return real(*args, **options)
+            running.append(name)
             machine.synchronise()
             started = time.perf_counter()
             found = real(*args, **options)
             machine.synchronise()
-            spent[name] += time.perf_counter() - started
+            spent[running.pop()] += time.perf_counter() - started
             return found
 
         return run
 
-    def fed(model, cache, *args, rows_at=None):
-        return "scores" if rows_at is not None else "CoTs" if cache.get_seq_length() else "prompts"
-
-    with replaced(feed=timed(gen_cot.feed, fed), sample=timed(gen_cot.sample, lambda *args, **options: "sampling")):
+    names = {"read_prompts": "prompts", "read_scores": "scores", "sample": "sampling", "feed": "CoTs", "head": "CoTs"}
+    with replaced(**{name: timed(label, getattr(gen_cot, name)) for name, label in names.items()}):
         yield spent
 
 

@@ -84,7 +84,7 @@ def test_a_cot_ends_at_its_suffix_and_needs_one_more_token_for_its_scores(reques
     model = random_model(tokenizer)
     write_this(model, ids)
     results = judged(model, tokenizer, batch_of(PROMPTS), max_new_tokens=len(ids) + 10)
-    assert fed[1:] == [1] * len(ids)
+    assert fed[1:] == [1] * (len(ids) + 1)  # the last token of the prompt is among them
     for prompt, result in zip(PROMPTS, results, strict=True):
         assert (result.cots, result.finished, result.tokens) == (["The answer is good."], [True], [len(ids)])
         fresh = fresh_scores(random_model(tokenizer), tokenizer, prompt, "The answer is good.")
