@@ -65,8 +65,14 @@ class Plan(NamedTuple):
     predictions: dict[str, dict[str, str]]  # row → what it was tested on → file of predictions
 
 
-def plan(folder: str, seed: int, *, flags: str, num_cots: int, split: str) -> Plan:
-    """All commands and prediction files of one seed. `flags` are those of every training stage, `split` is tested on."""
+def plan(
+    folder: str, seed: int, *, flags: str, num_cots: int, split: str, seed_model: str = MODEL, size: int | None = None
+) -> Plan:
+    """All commands and prediction files of one seed.
+
+    `flags` are those of every training stage, `split` is tested on; `size` is the number of training records, None: as many
+    as the embedded task has.
+    """
     commands, predictions = {}, {}
     ratings = {split: f"data/tiny/{split}.jsonl"}
     real = {split: f"data/tiny/{split}_real.jsonl"}
@@ -81,10 +87,11 @@ def plan(folder: str, seed: int, *, flags: str, num_cots: int, split: str) -> Pl
     def data(own: str = "", into: str = folder) -> str:
         targets = "_" + own.split()[1] if "--targets" in own else ""
         out = f"{into}/train{targets}.jsonl"
+        own += f" --size {size}" if size and "--size" not in own else ""
         commands[out] = " ".join(f"python data/tiny/prepare.py --seed {seed} --splits train {own} --out {into}".split())
         return out
 
-    def train(name: str, data: str, own: str = "", *, stage: int = 1, model: str = MODEL) -> str:
+    def train(name: str, data: str, own: str = "", *, stage: int = 1, model: str = seed_model) -> str:
         script = f"stage{stage}_train.py"
         return make(name, f"{script} --model {model} --data {data} {flags} {own} --seed {seed}")
 
@@ -106,7 +113,7 @@ def plan(folder: str, seed: int, *, flags: str, num_cots: int, split: str) -> Pl
 
     # The paper's table and ablations
     ours = data()
-    predict("seed", MODEL, on=ratings, n=num_cots)
+    predict("seed", seed_model, on=ratings, n=num_cots)
     predict("ce-no-cot", train("ce-no-cot", ours, "--no-cot --lambda 0"), "--no-cot", on=ratings)
     predict("raft", train("raft", ours, "--no-cot"), "--no-cot", on=ratings)
     predict("raft-pure", train("raft-pure", ours, "--no-cot --ce-weight 0"), "--no-cot", on=ratings)
@@ -327,7 +334,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=runs.COUNT, default=os.cpu_count(), help="commands at a time")
     parser.add_argument("--split", choices=("valid", "test"), default="test", help="what to test on")
     parser.add_argument("--num-cots", type=runs.COUNT, default=5, help="CoTs a prompt in the main rows")
-    parser.add_argument("--settings", type=Path, default=ROOT / "results/ablations/settings.json", help="frozen settings")
+    parser.add_argument(
+        "--settings",
+        type=Path,
+        default=ROOT / "results/ablations/settings.json",
+        help="frozen settings: train, and seed_model and size where others are meant",
+    )
     parser.add_argument("--resamples", type=runs.COUNT, default=1000, help="bootstrap resamples of seeds and records")
     parser.add_argument("--out", type=Path, default=Path("out/ablations"), help="folder of everything that is made")
     parser.add_argument("--show", action="store_true", help="print the commands and run nothing")
@@ -336,9 +348,9 @@ def main() -> None:
     settings = json.loads(args.settings.read_text("utf-8"))
     flags = " ".join(f"--{name} {value}" for name, value in settings["train"].items())
     rows = [name for row in args.rows for name in GROUPS.get(row, [row])]
-    plans = {
-        seed: plan(f"{args.out}/seed{seed}", seed, flags=flags, num_cots=args.num_cots, split=args.split) for seed in args.seeds
-    }
+    same = {"flags": flags, "num_cots": args.num_cots, "split": args.split}
+    same |= {name: settings[name] for name in ("seed_model", "size") if name in settings}
+    plans = {seed: plan(f"{args.out}/seed{seed}", seed, **same) for seed in args.seeds}
     todo = needed(plans.values(), rows)
     if args.show:
         print("\n".join(command for _, command in todo))

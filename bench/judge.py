@@ -90,6 +90,12 @@ def ours(model, tokenizer, prompts, texts, *, sampling, grid, tokens, batch_size
     return found
 
 
+class Copying(gen_cot.GrowingLayer):
+    """transformers' way to add a token."""
+
+    update = DynamicLayer.update
+
+
 class Dictated(LogitsProcessor):
     """Makes row b of a generate call write texts[b]."""
 
@@ -201,7 +207,7 @@ def main() -> None:
     levers = {
         "ours": ({}, several),
         "no-refill": ({}, batch),
-        "copying": ({"GrowingLayer": DynamicLayer}, several),
+        "copying": ({"GrowingLayer": Copying}, several),
         "sorting": ({"NUCLEUS": 10**9}, several),
     }
 

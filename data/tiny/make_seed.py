@@ -41,13 +41,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model(tokenizer, seed: int):
+def make_model(tokenizer, seed: int, *, hidden: int, layers: int):
     torch.manual_seed(seed)
     config = MistralConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, sliding_window=None, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        initializer_range=128**-0.5,  # at the default .02 this small a model does not learn to compare two digits
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 64, max_position_embeddings=256,
+        sliding_window=None, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=hidden**-0.5,  # at the default .02 this small a model does not learn to compare two digits
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config).to(device())
 
@@ -57,6 +58,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "seed", help="checkpoint folder")
     parser.add_argument("--steps", type=int, default=800, help="optimiser steps of 32 fresh records")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--hidden", type=int, default=128, help="size of the model, a multiple of 64")
+    parser.add_argument("--layers", type=int, default=2, help="of the model")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     args = parser.parse_args()
 
     tokenizer = make_tokenizer()
@@ -66,13 +70,13 @@ def main() -> None:
     drawn = [sample(rng, random_verdict=True) | {"id": str(i), "score": None} for i in range(32 * args.steps)]
     examples = [records.encode(tokenizer, record, grid=grid, score_ids=score_ids) for record in drawn]
 
-    model = make_model(tokenizer, args.seed)
+    model = make_model(tokenizer, args.seed, hidden=args.hidden, layers=args.layers)
     values = {
         "score_ids": torch.tensor(score_ids, device=device()),
         "score_values": torch.tensor(grid.values, device=device()),
     }
     plan = [range(i, i + 32) for i in range(0, len(examples), 32)]
-    optimiser, schedule = make_optimiser(model, lr=3e-3, warmup=0.05, weight_decay=0.01, steps=len(plan))
+    optimiser, schedule = make_optimiser(model, lr=args.lr, warmup=0.05, weight_decay=0.01, steps=len(plan))
     *_, last = train(
         model, optimiser, schedule, examples, plan, loss=partial(cot_raft_loss, lam=0.0, **values), score_in_ce=True,
         pad_id=tokenizer.pad_token_id, clip=1.0, batch_size=32, bf16=False, label="seed model",
