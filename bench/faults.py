@@ -127,7 +127,9 @@ def kill_and_go_on(
 def fill_disk(stage: str, command: list, before: Path, out: Path) -> dict:
     """Run with a limit on the size of a file, then without; one message, exit code 1, nothing that looks finished."""
     remove(out)
-    limit = (1 << 20) if "stage" in stage else (100 << 10)
+    limit = (
+        (1 << 20) if "stage" in stage else (256 << 10)
+    )  # above the prompts, which are in a file as well, below the judgements
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

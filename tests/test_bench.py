@@ -29,9 +29,10 @@ def test_flops_are_those_that_torch_counts():
     assert recomputed - trained == pytest.approx(work.prefill([length]) - 2 * work.head)
 
 
-def test_every_way_to_train_gives_the_same_losses_and_gradients(run_script, capsys):
+def test_every_way_to_train_gives_the_same_losses_and_gradients(tiny_records, write_jsonl, run_script, capsys):
     """The bench itself asserts it, of each way; here on sequences of unequal length."""
-    sizes = ["--model", "data/tiny/seed", "--data", "data/tiny/train.jsonl", "--examples", 12, "--sequences", 6, "--rounds", 1]
+    rows = [row | {"prompt": " ".join(row["prompt"].split()[: 20 + 2 * i])} for i, row in enumerate(tiny_records[:12])]
+    sizes = ["--model", "data/tiny/seed", "--data", write_jsonl("a.jsonl", rows), "--sequences", 6, "--rounds", 1]
     run_script("train_step", *sizes, "--ways", "parts,rows,kept,packed,authors,trainer")
     found = last_line(capsys)
     assert set(found["ways"]) == {"parts", "rows", "kept", "packed", "authors", "trainer"}
