@@ -49,19 +49,6 @@ from records import Grid  # noqa: E402
 MOST = 4096  # tokens of a text, at most
 
 
-@contextmanager
-def replaced(**names):
-    """gen_cot with other values under these names."""
-    before = {name: getattr(gen_cot, name) for name in names}
-    for name, value in names.items():
-        setattr(gen_cot, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(gen_cot, name, value)
-
-
 def dictate(texts: list[list[int]]) -> dict:
     """What to replace in gen_cot so that row b writes texts[b]: its random numbers say which row and step they are for."""
     written = torch.zeros(len(texts) * MOST, dtype=torch.long, device=device())
@@ -81,7 +68,7 @@ def ours(model, tokenizer, prompts, texts, *, sampling, grid, tokens, batch_size
     found, n = [], sampling.num_cots
     for i in range(0, len(prompts), together):
         part = prompts[i : i + together]
-        with replaced(**dictate(texts[i * n : (i + together) * n]), **replace):
+        with machine.replaced(gen_cot, **dictate(texts[i * n : (i + together) * n]), **replace):
             judged = gen_cot.judge(
                 model, tokenizer, part, [str(j) for j in range(len(part))], sampling=sampling, grid=grid, tokens=tokens,
                 with_scores=True, at_once=batch_size,
@@ -155,7 +142,7 @@ def stopwatch():
         return run
 
     names = {"read_prompts": "prompts", "read_scores": "scores", "sample": "sampling", "feed": "CoTs", "head": "CoTs"}
-    with replaced(**{name: timed(label, getattr(gen_cot, name)) for name, label in names.items()}):
+    with machine.replaced(gen_cot, **{name: timed(label, getattr(gen_cot, name)) for name, label in names.items()}):
         yield spent
 
 

@@ -14,6 +14,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -83,6 +85,19 @@ def peak_of(run: Callable[[], object]) -> int:
         now += change
         peak = max(peak, now)
     return peak
+
+
+@contextmanager
+def replaced(module: ModuleType, **names):
+    """The module with other values under these names: how one lever at a time is moved."""
+    before = {name: getattr(module, name) for name in names}
+    for name, value in names.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
 
 
 class Work(NamedTuple):

@@ -140,7 +140,7 @@ def of_training(axis: str, sizes: list[int], rounds: int) -> dict:
 
 def of_judging(axis: str, sizes: list[int], rounds: int) -> dict:
     """Seconds of judging the same prompts, with one size varied."""
-    from judge import dictate, replaced
+    from judge import dictate
 
     tokenizer, grid, rows = models.load_tokenizer(records.TINY_SEED), Grid(), []
     texts = list(workload.long_records(16, prompt=600, cot=60))
@@ -153,7 +153,7 @@ def of_judging(axis: str, sizes: list[int], rounds: int) -> dict:
 
         def run(model=model, cots=cots, own=own):
             sampling = gen_cot.Sampling(num_cots=own["num_cots"], max_new_tokens=max(map(len, cots)) + 2)
-            with replaced(**dictate(cots)):
+            with machine.replaced(gen_cot, **dictate(cots)):
                 judged = gen_cot.judge(
                     model, tokenizer, prompts, [str(i) for i in range(len(prompts))], sampling=sampling, grid=grid,
                     tokens=records.score_tokens(tokenizer, grid), with_scores=True, at_once=own["batch_size"],

@@ -26,7 +26,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -99,13 +98,12 @@ def packed(model, batch: dict, loss: Callable[..., Loss], *, bf16: bool) -> torc
         ).last_hidden_state  # fmt: skip
         return hidden[batch["predicts"]]
 
-    before, implementation = stage1_train.supervised_rows, model.config._attn_implementation
-    stage1_train.supervised_rows = supervised_rows
+    implementation = model.config._attn_implementation
     model.set_attn_implementation("own_sequence")
     try:
-        return ours(model, one, loss, bf16=bf16)
+        with machine.replaced(stage1_train, supervised_rows=supervised_rows):
+            return ours(model, one, loss, bf16=bf16)
     finally:
-        stage1_train.supervised_rows = before
         model.set_attn_implementation(implementation)
 
 
@@ -120,24 +118,11 @@ def collate(examples: list[Example], pad_id: int, real=stage1_train.collate) -> 
     return batch | {"attention_mask": mask.long()}
 
 
-@contextmanager
-def replaced(**names):
-    """stage1_train with other functions under these names."""
-    before = {name: getattr(stage1_train, name) for name in names}
-    for name, function in names.items():
-        setattr(stage1_train, name, function)
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(stage1_train, name, function)
-
-
 def loop(model, examples: list[Example], plan: list[list[int]], *, backward, loss, options) -> tuple[list[float], list[float]]:
     """Losses and seconds of stage 1's steps, with `backward` in the place of its own."""
     optimiser, schedule = stage1_train.make_optimiser(model, lr=LR, warmup=0.0, weight_decay=0.0, steps=len(plan))
     losses, times = [], []
-    with replaced(backward=backward, collate=collate, tqdm=partial(tqdm, file=open(os.devnull, "w"))):
+    with machine.replaced(stage1_train, backward=backward, collate=collate, tqdm=partial(tqdm, file=open(os.devnull, "w"))):
         lines = stage1_train.train(
             model, optimiser, schedule, examples, plan, loss=loss, score_in_ce=True, pad_id=0, clip=CLIP,
             batch_size=options.sequences, bf16=has_bf16(), label="",
