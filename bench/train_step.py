@@ -188,10 +188,9 @@ def with_trl(model, examples, plan, *, loss, options):
 
     clock = Clock()
     data = [examples[i] for window in plan for i in window]
-    rows = [{"input_ids": e.ids, "completion_mask": [0] * e.start + [1] * e.supervised} for e in data]
+    rows = [{"input_ids": e.ids, "labels": [-100] * e.start + e.ids[e.start :]} for e in data]
     settings = SFTConfig(
-        **trainer_settings(len(plan), options), completion_only_loss=True, max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
+        **trainer_settings(len(plan), options), max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
     trainer = SFTTrainer(
         model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=options.tokenizer, callbacks=[clock]
