@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import tempfile
 from array import array
 from collections.abc import Iterable, Sequence
@@ -246,14 +247,20 @@ class Lines(Sequence):
 
 
 class Spool(Lines):
-    """Lines in a file without a name, for what is too large to be held in memory and needed only while the process runs."""
+    """The same for values in a file without a name: what is too large for memory, and needed only while the process runs."""
 
     def __init__(self):
         super().__init__(tempfile.TemporaryFile())
 
+    def __getitem__(self, i: int) -> Any:
+        self.file.seek(self.starts[i])
+        return pickle.load(self.file)  # JSON would take ten times as long for a list of ids
+
     def append(self, value: Any) -> None:
+        self.starts.append(self.file.seek(0, os.SEEK_END))
         try:
-            super().append(value)
+            pickle.dump(value, self.file)
+            self.file.flush()
         except OSError as error:
             folder = tempfile.gettempdir()
             raise Fault(f"{folder}: {error.strerror}; make room there, or set TMPDIR to another folder, and go on") from None

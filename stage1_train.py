@@ -68,9 +68,6 @@ class Examples(Spool):
         self.lengths.append(len(example.ids))
         self.supervised.append(example.supervised)
 
-    def __getitem__(self, i: int) -> Example:
-        return Example(*super().__getitem__(i))
-
 
 def collate(examples: list[Example], pad_id: int) -> dict[str, Tensor]:
     """Right-padded batch. `predicts` marks the supervised rows: positions whose *next* token carries loss.
