@@ -149,9 +149,10 @@ def cost_of_state(out: Path, *, save_every: int) -> dict:
     """Size of the state, and the share of training time that saving it takes at the default --save-every."""
     import torch
 
+    import models
     import stage1_train
 
-    model = stage1_train.load_model(records.TINY_SEED, dtype=torch.float32)
+    model = models.load_model(records.TINY_SEED, dtype=torch.float32)
     optimiser, schedule = stage1_train.make_optimiser(model, lr=1e-4, warmup=0.0, weight_decay=0.0, steps=100)
     ids = torch.randint(4, 50, (16, 110))
     steps, saves = [], []
