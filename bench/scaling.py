@@ -143,7 +143,7 @@ def of_judging(axis: str, sizes: list[int], rounds: int) -> dict:
     from judge import dictate
 
     tokenizer, grid, rows = models.load_tokenizer(records.TINY_SEED), Grid(), []
-    texts = list(workload.long_records(16, prompt=600, cot=60))
+    texts = list(workload.long_records(16, prompt=300, cot=30))
     prompts = [records.prompt_ids(tokenizer, record["prompt"]) for record in texts]
     for size in sizes:
         own = {"num_cots": 1, "batch_size": 16, "vocabulary": 32000} | {axis: size}
@@ -175,12 +175,12 @@ def report(what: str, axis: str, sizes: list[int], rows: list[dict]) -> dict:
 
 
 AXES = {
-    "length": partial(of_training, "length", [256, 512, 1024, 2048, 4096]),
+    "length": partial(of_training, "length", [256, 512, 1024, 2048]),
     "vocabulary": partial(of_training, "vocabulary", [32000, 64000, 128000, 256000]),
     "batch": partial(of_training, "sequences", [1, 2, 4, 8, 16]),
-    "judge-batch": partial(of_judging, "batch_size", [1, 2, 4, 8, 16]),
-    "judge-cots": partial(of_judging, "num_cots", [1, 2, 4, 8]),
-    "judge-vocabulary": partial(of_judging, "vocabulary", [32000, 64000, 128000, 256000]),
+    "judge-batch": partial(of_judging, "batch_size", [1, 4, 16]),
+    "judge-cots": partial(of_judging, "num_cots", [1, 2, 4]),
+    "judge-vocabulary": partial(of_judging, "vocabulary", [32000, 128000, 256000]),
 }
 
 
