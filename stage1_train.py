@@ -230,12 +230,12 @@ def train(
 
 @torch.no_grad()
 def evaluate(
-    model, examples: Sequence[Example], *, score_ids: Tensor, score_values: Tensor, pad_id: int, batch_size: int, bf16: bool
+    model, examples: Examples, *, score_ids: Tensor, score_values: Tensor, pad_id: int, batch_size: int, bf16: bool
 ) -> dict:
     """Teacher-forced metrics on held-out examples: CE (mean over tokens) and squared error apart, RMSE, Pearson's r."""
     was_training = model.training
     model.eval()
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    order = sorted(range(len(examples)), key=lambda i: examples.lengths[i])
     nll, n_tokens, predicted, true = 0.0, 0, [], []
     for i in range(0, len(order), batch_size):
         batch = collate([examples[j] for j in order[i : i + batch_size]], pad_id)

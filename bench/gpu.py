@@ -43,7 +43,7 @@ import models  # noqa: E402
 import records  # noqa: E402
 import runs  # noqa: E402
 import stage1_train  # noqa: E402
-from loss import cot_raft_loss, rail  # noqa: E402
+from loss import rail  # noqa: E402
 from models import Lora, device, has_bf16  # noqa: E402
 from records import Example, Grid  # noqa: E402
 
@@ -71,9 +71,7 @@ def real_examples(n: int, vocabulary: int, scale: float) -> list[Example]:
 
 
 def train(args, shapes: dict, where: dict) -> dict:
-    ids = {"score_ids": torch.arange(3, 8), "score_values": torch.arange(1.0, 6.0)}
-    loss = partial(cot_raft_loss, lam=1.0, **{name: x.to(device()) for name, x in ids.items()})
-    cases = []
+    cases, loss = [], workload.loss_of()
     for name, lora in (("mistral-7b", Lora()), ("mistral-7b", None), ("llama-3.1-8b", Lora())):
         config = shapes[name]
         model = workload.random_model(config, PRECISION if lora else torch.float32)
@@ -192,7 +190,8 @@ def judging(args, shapes: dict, where: dict) -> dict:
 def precision(args, shapes: dict, where: dict) -> dict:
     """The same random weights, in bf16 and in fp32 with the same rounded weights; then ten steps at 1e-5."""
     found = {}
-    ids = torch.arange(3, 8, device=device()), torch.arange(1.0, 6.0, device=device())
+    loss = workload.loss_of()
+    scores_of = {name: loss.keywords[name] for name in ("score_ids", "score_values")}
     for name, config in shapes.items():
         model = workload.random_model(config, PRECISION, sharp=6)
         texts = [e.ids for e in real_examples(16, config.vocab_size, args.scale)]
@@ -200,7 +199,7 @@ def precision(args, shapes: dict, where: dict) -> dict:
         @torch.inference_mode()
         def scores(model=model, texts=texts) -> torch.Tensor:
             at_end = [model.get_decoder()(torch.tensor([text], device=device())).last_hidden_state[:, -1] for text in texts]
-            return torch.cat([rail(models.head(model, h), score_ids=ids[0], score_values=ids[1]).probs for h in at_end])
+            return torch.cat([rail(models.head(model, h), **scores_of).probs for h in at_end])
 
         low = scores()
         model.float()
@@ -209,7 +208,7 @@ def precision(args, shapes: dict, where: dict) -> dict:
         apart = (low - high).abs()
         found[name] = {
             "total_variation": round(float(apart.sum(-1).mean() / 2), 5),
-            "expected_score": round(float(((low - high) @ ids[1]).abs().mean()), 5),
+            "expected_score": round(float(((low - high) @ scores_of["score_values"]).abs().mean()), 5),
         }
         del model
         clear()
@@ -217,7 +216,6 @@ def precision(args, shapes: dict, where: dict) -> dict:
     model = workload.random_model(config, torch.float32).train()
     models.checkpoint_activations(model)
     before = {name: p.detach()[:64].clone() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name}
-    loss = partial(cot_raft_loss, score_ids=ids[0], score_values=ids[1], lam=1.0)
     examples, options = real_examples(10, config.vocab_size, args.scale), argparse.Namespace(sequences=1)
     train_step.LR = 1e-5
     train_step.loop(model, examples, [[i] for i in range(10)], backward=train_step.ours, loss=loss, options=options)
@@ -307,12 +305,7 @@ def main() -> None:
         started = time.time()
         found = PARTS[name](args, shapes, where)
         result = {"bench": "gpu", "part": name, "rehearsal": args.rehearse, "machine": where}
-        line = json.dumps(result | {"seconds": round(time.time() - started), **found})
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            with open(args.out, "a", encoding="utf-8") as out:
-                out.write(line + "\n")
-        print(line, flush=True)
+        machine.report(result | {"seconds": round(time.time() - started), **found}, args.out)
 
 
 if __name__ == "__main__":

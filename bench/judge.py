@@ -20,7 +20,6 @@ one JSON line.
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -99,7 +98,7 @@ class Dictated(LogitsProcessor):
 def authors(model, tokenizer, prompts, texts, *, sampling, grid, tokens, batch_size) -> list[list[Rail]]:
     found, n, end = [], sampling.num_cots, tokenizer.eos_token_id
     at_once = max(1, batch_size // n)
-    ids = {name: torch.tensor(getattr(x, name), device=device()) for x, name in ((tokens, "score_ids"),)}
+    ids = {"score_ids": torch.tensor(tokens.score_ids, device=device())}
     ids["score_values"] = torch.tensor(grid.values, device=device())
     for i in range(0, len(prompts), at_once):
         part = prompts[i : i + at_once]
@@ -250,12 +249,7 @@ def main() -> None:
     for way in ways:
         ratio = result["ratio_to_ours"][way]["median"]
         print(f"{way:10} {median[way]:8.3f} {ratio:6.2f} {result['tokens_per_second'][way]:15} {peak[way] / 2**20:8.0f}")
-    line = json.dumps(result, default=str)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.out, "a", encoding="utf-8") as out:
-            out.write(line + "\n")
-    print(line)
+    machine.report(result, args.out)
 
 
 if __name__ == "__main__":

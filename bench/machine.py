@@ -9,12 +9,14 @@ A = 2 · layers · hidden size · tokens of the sequence: one token's causal att
 MFU (model FLOPs utilisation) counts the left column only; hardware use counts what was recomputed, too.
 """
 
+import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -85,6 +87,16 @@ def peak_of(run: Callable[[], object]) -> int:
         now += change
         peak = max(peak, now)
     return peak
+
+
+def report(result: dict, out: Path | None) -> None:
+    """The bench's last line, JSON; added to the file `out` as well, if there is one."""
+    line = json.dumps(result, default=str)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    print(line, flush=True)
 
 
 @contextmanager

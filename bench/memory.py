@@ -12,11 +12,10 @@ import argparse
 import json
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -25,7 +24,6 @@ import workload  # noqa: E402
 
 import models  # noqa: E402
 import runs  # noqa: E402
-from loss import cot_raft_loss  # noqa: E402
 from models import Lora  # noqa: E402
 from stage1_train import make_optimiser, train  # noqa: E402
 
@@ -70,18 +68,15 @@ def measure(config, lora: Lora | None, *, sequences: int, length: int, gradient_
     held = []
 
     def run() -> None:
-        with models.device():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if bf16 and lora else torch.float32)
+        model = workload.random_model(config, torch.bfloat16 if bf16 and lora else torch.float32)
         held.append(network := models.with_adapters(model, lora) if lora else model)
         if gradient_checkpointing:
             models.checkpoint_activations(network)
         optimiser, schedule = make_optimiser(network, lr=1e-5, warmup=0.1, weight_decay=0.0, steps=steps)
-        ids = {"score_ids": torch.arange(3, 8), "score_values": torch.arange(1.0, 6.0)}
-        loss = partial(cot_raft_loss, **{name: tensor.to(models.device()) for name, tensor in ids.items()})
         examples = workload.random_examples(2 * sequences, length, config.vocab_size)
         lines = train(
-            network, optimiser, schedule, examples, [range(2 * sequences)] * steps, loss=loss, score_in_ce=True, pad_id=0,
-            clip=1.0, batch_size=sequences, bf16=bf16, label="",
+            network, optimiser, schedule, examples, [range(2 * sequences)] * steps, loss=workload.loss_of(), score_in_ce=True,
+            pad_id=0, clip=1.0, batch_size=sequences, bf16=bf16, label="",
         )  # fmt: skip
         assert all(line["taken"] for line in lines)
 

@@ -33,7 +33,6 @@ import models  # noqa: E402
 import records  # noqa: E402
 import runs  # noqa: E402
 import stage1_train  # noqa: E402
-from loss import cot_raft_loss  # noqa: E402
 from records import Grid  # noqa: E402
 
 
@@ -129,9 +128,7 @@ def of_training(axis: str, sizes: list[int], rounds: int) -> dict:
         models.checkpoint_activations(model.train())
         examples = workload.random_examples(own["sequences"], own["length"], own["vocabulary"])
         batch = stage1_train.collate(examples, 0)
-        ids = {"score_ids": torch.arange(3, 8), "score_values": torch.arange(1.0, 6.0)}
-        loss = partial(cot_raft_loss, **{name: x.to(models.device()) for name, x in ids.items()})
-        run = partial(stage1_train.backward, model, batch, loss, bf16=models.has_bf16())
+        run = partial(stage1_train.backward, model, batch, workload.loss_of(), bf16=models.has_bf16())
         run()
         bytes_ = machine.peak_of(run)
         rows.append({axis: size, "seconds": statistics.median(machine.seconds(run) for _ in range(rounds)), "bytes": bytes_})

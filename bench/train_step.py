@@ -15,15 +15,14 @@ Ways to take the same optimiser steps, all in fp32 or bf16 autocast, all with Ad
     trl       TRL's SFTTrainer, which has CE only; compared with ours at λ = 0 (pip install trl==1.16.0)
 
 First all ways must agree on the loss of every step, and those in our loop on the gradients. Then they take turns, --rounds
-times.
-Ends with one JSON line.
+times. Ends with one JSON line.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -43,8 +42,8 @@ import models  # noqa: E402
 import records  # noqa: E402
 import runs  # noqa: E402
 import stage1_train  # noqa: E402
-from loss import Loss, cot_raft_loss, rail  # noqa: E402
-from models import device, has_bf16  # noqa: E402
+from loss import Loss, rail  # noqa: E402
+from models import has_bf16  # noqa: E402
 from records import Example, Grid  # noqa: E402
 
 LR, CLIP = 1e-4, 1.0
@@ -154,7 +153,7 @@ class Clock(TrainerCallback):
 def trainer_settings(steps: int, options) -> dict:
     """Ours, in Trainer's words. The model comes with its blocks already set to be recomputed."""
     return dict(
-        output_dir="/tmp/train_step", max_steps=steps, per_device_train_batch_size=options.sequences, learning_rate=LR,
+        output_dir=tempfile.gettempdir(), max_steps=steps, per_device_train_batch_size=options.sequences, learning_rate=LR,
         lr_scheduler_type="cosine", warmup_steps=0, weight_decay=0.0, max_grad_norm=CLIP, bf16=has_bf16(), report_to="none",
         save_strategy="no", logging_strategy="steps", logging_steps=1, disable_tqdm=True, remove_unused_columns=False,
         gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), train_sampling_strategy="sequential",
@@ -232,7 +231,7 @@ def load(args) -> tuple[Callable[[], torch.nn.Module], list[Example]]:
     else:
         vocabulary = args.vocabulary if not args.model else models.empty_model(args.model).config.vocab_size
         examples = workload.random_examples(args.examples, args.length, vocabulary)
-        args.score_ids = [3, 4, 5, 6, 7]
+        args.score_ids = workload.SCORE_IDS
         args.tokenizer = models.load_tokenizer(args.model or records.TINY_SEED)
 
     def make():
@@ -276,8 +275,7 @@ def main() -> None:
     plan = stage1_train.windows([len(e.ids) for e in examples], args.sequences, seed=0)
     plan = [window for window in plan if len(window) == args.sequences]
     used = [examples[i] for window in plan for i in window]
-    values = {"score_ids": torch.tensor(args.score_ids), "score_values": torch.arange(1.0, 6.0)}
-    loss = partial(cot_raft_loss, lam=1.0, **{name: value.to(device()) for name, value in values.items()})
+    loss = workload.loss_of(args.score_ids)
     plain = partial(loss.func, **loss.keywords | {"lam": 0.0})
 
     backwards = {
@@ -348,12 +346,7 @@ def main() -> None:
             f"{way:10} {own['seconds']:8.3f} {own['ratio_to_parts']['median']:6.2f} {own['tokens_per_second']:7} "
             f"{own['mfu']:6.1%} {extra}"
         )
-    line = json.dumps(result, default=str)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.out, "a", encoding="utf-8") as out:
-            out.write(line + "\n")
-    print(line)
+    machine.report(result, args.out)
 
 
 if __name__ == "__main__":

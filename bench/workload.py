@@ -8,10 +8,12 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
+from loss import cot_raft_loss
 from models import device
 from records import Example, Grid, read_items
 from runs import ROOT
@@ -50,6 +52,15 @@ def random_examples(n: int, length: int, vocabulary: int, *, share: float = 0.25
     start = length - round(share * length)
     scores = itertools.cycle((1.0, 2.0, 3.67, 5.0))
     return [Example(str(i), row, start, length - 2, score) for i, (row, score) in enumerate(zip(ids, scores, strict=False))]
+
+
+SCORE_IDS = [3, 4, 5, 6, 7]  # of random tokens
+
+
+def loss_of(score_ids: list[int] = SCORE_IDS) -> partial:
+    """CoT-RAFT on the scores 1 to 5, on the device."""
+    values = torch.arange(1.0, 6.0, device=device())
+    return partial(cot_raft_loss, lam=1.0, score_ids=torch.tensor(score_ids, device=device()), score_values=values)
 
 
 def real_lengths(n: int, *, median: float, spread: float, most: int, seed: int = 0) -> list[int]:
