@@ -456,7 +456,8 @@ def judge_file(
         after = [len(records.prefix_ids(tokenizer, ids, cot, grid)) for cot in cots_given(record)] if given else [len(ids)]
         lengths[record["id"]] = max(after)
     network = load_model(model, dtype=torch.bfloat16 if has_bf16() else torch.float32)
-    room = (getattr(network.config, "max_position_embeddings", None) or max_length) - len(tokens.suffix_ids) - 2
+    room = getattr(network.config, "max_position_embeddings", None) or 10**9
+    room -= 0 if given else len(tokens.suffix_ids) + 2  # what is given has its suffix already
     too_long = records.too_long(lengths, min(max_length, room))
     names = all_records.ids
     fitting = [i for i, id in enumerate(names) if id not in too_long]

@@ -66,12 +66,20 @@ class Plan(NamedTuple):
 
 
 def plan(
-    folder: str, seed: int, *, flags: str, num_cots: int, split: str, seed_model: str = MODEL, size: int | None = None
+    folder: str,
+    seed: int,
+    *,
+    flags: str,
+    num_cots: int,
+    split: str,
+    generate: str = "--batch-size 64",
+    seed_model: str = MODEL,
+    size: int | None = None,
 ) -> Plan:
     """All commands and prediction files of one seed.
 
-    `flags` are those of every training stage, `split` is tested on; `size` is the number of training records, None: as many
-    as the embedded task has.
+    `flags` are those of every training stage, `generate` those of gen_cot.py and predict.py, `split` is tested on; `size` is
+    the number of training records, None: as many as the embedded task has.
     """
     commands, predictions = {}, {}
     ratings = {split: f"data/tiny/{split}.jsonl"}
@@ -96,14 +104,14 @@ def plan(
         return make(name, f"{script} --model {model} --data {data} {flags} {own} --seed {seed}")
 
     def cots(name: str, model: str, data: str, own: str = "") -> str:
-        return make(name, f"gen_cot.py --model {model} --data {data} --batch-size 64 {own} --seed {seed}")
+        return make(name, f"gen_cot.py --model {model} --data {data} {generate} {own} --seed {seed}")
 
     def predict(row: str, model: str, own: str = "", *, on: dict[str, str], n: int = 1) -> None:
         files = predictions.setdefault(row, {})
         for test, path in on.items():
             many = f"--num-cots {n}" if n > 1 and test == split else ""
             files[test] = make(
-                f"{row}.{test}.jsonl", f"predict.py --model {model} --data {path} --batch-size 64 {many} {own} --seed {seed}"
+                f"{row}.{test}.jsonl", f"predict.py --model {model} --data {path} {generate} {many} {own} --seed {seed}"
             )
 
     def two_stages(row: str, data: str, own: str = "", *, on: dict[str, str], first: str | None = None) -> None:
@@ -152,6 +160,10 @@ def plan(
         self_generated = cots(f"{targets}.cots.jsonl", p_s, data(f"--targets {targets}"))
         predict(row, train(row, self_generated, own, stage=2), on=real)
     return Plan(commands, predictions)
+
+
+def flags_of(settings: dict) -> str:
+    return " ".join(f"--{name} {value}" for name, value in settings.items())
 
 
 def epochs(flags: str) -> int:
@@ -280,9 +292,9 @@ def summarise(plans: dict[int, Plan], rows: list[str], *, resamples: int) -> dic
         for test in plans[min(plans)].predictions[row]:
             read = [readings(p.predictions[row][test]) for p in plans.values()]
             key = ("test" if test in ("annotated", "p_s") else test, row in SCALE)
-            true[key] = read[0].pop("score")
-            if any(not np.array_equal(r.pop("score", true[key]), true[key]) for r in read):
-                raise InputError(f"{row}: its seeds were tested on different records; remove the older ones")
+            scores = [r.pop("score") for r in read]
+            if any(not np.array_equal(own, true.setdefault(key, scores[0])) for own in scores):
+                raise InputError(f"{row}: not all its seeds were tested on the records that others were; remove what is older")
             if "each CoT" in read[0]:
                 each = [variance(r.pop("each CoT")) for r in read]
                 variances[row] = {part: [v[part] for v in each] for part in ("within", "between")}
@@ -338,7 +350,7 @@ def main() -> None:
         "--settings",
         type=Path,
         default=ROOT / "results/ablations/settings.json",
-        help="frozen settings: train, and seed_model and size where others are meant",
+        help="frozen settings: train, and generate, seed_model and size where others are meant",
     )
     parser.add_argument("--resamples", type=runs.COUNT, default=1000, help="bootstrap resamples of seeds and records")
     parser.add_argument("--out", type=Path, default=Path("out/ablations"), help="folder of everything that is made")
@@ -346,9 +358,9 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(ROOT)
     settings = json.loads(args.settings.read_text("utf-8"))
-    flags = " ".join(f"--{name} {value}" for name, value in settings["train"].items())
     rows = [name for row in args.rows for name in GROUPS.get(row, [row])]
-    same = {"flags": flags, "num_cots": args.num_cots, "split": args.split}
+    same = {"flags": flags_of(settings["train"]), "num_cots": args.num_cots, "split": args.split}
+    same |= {"generate": flags_of(settings["generate"])} if "generate" in settings else {}
     same |= {name: settings[name] for name in ("seed_model", "size") if name in settings}
     plans = {seed: plan(f"{args.out}/seed{seed}", seed, **same) for seed in args.seeds}
     todo = needed(plans.values(), rows)

@@ -22,10 +22,10 @@ import argparse
 import itertools
 import statistics
 import sys
-import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -43,9 +43,48 @@ import runs  # noqa: E402
 from gen_cot import Sampling  # noqa: E402
 from loss import Rail, rail  # noqa: E402
 from models import device, has_bf16  # noqa: E402
-from records import Grid  # noqa: E402
+from records import Grid, ScoreTokens  # noqa: E402
 
 MOST = 4096  # tokens of a text, at most
+
+
+class Job(NamedTuple):
+    """What all ways are given: prompts and what they write, as token ids, and how."""
+
+    tokenizer: object
+    prompts: list[list[int]]  # the longest first, as judge_file has them
+    texts: list[list[int]]  # `num_cots` a prompt, each ending with the suffix
+    sampling: Sampling
+    grid: Grid
+    tokens: ScoreTokens
+
+    @classmethod
+    def of(cls, tokenizer, rows: list[dict], num_cots: int) -> "Job":
+        grid, n = Grid(), len(rows)
+        prompts = [records.prompt_ids(tokenizer, row["prompt"]) for row in rows]
+        cots = [rows[(i + k) % n]["cot"] for i in range(n) for k in range(num_cots)]  # a prompt's CoTs differ
+        texts = [records.target_ids(tokenizer, cot, grid.tokens[0], grid.suffix)[:-1] for cot in cots]
+        order = sorted(range(n), key=lambda i: -len(prompts[i]))
+        return cls(
+            tokenizer, [prompts[i] for i in order], [texts[i * num_cots + k] for i in order for k in range(num_cots)],
+            Sampling(num_cots=num_cots, max_new_tokens=min(1024, max(map(len, texts)) + 2)), grid,
+            records.score_tokens(tokenizer, grid),
+        )  # fmt: skip
+
+    def first(self, n: int) -> "Job":
+        """Its first n prompts."""
+        return self._replace(prompts=self.prompts[:n], texts=self.texts[: n * self.sampling.num_cots])
+
+    @property
+    def generated(self) -> int:
+        return sum(map(len, self.texts))
+
+    def decode_limit(self, work: machine.Work, where: dict, at_once: int) -> float:
+        """Seconds that writing all texts takes at least, `at_once` rows a step, each as fast as arithmetic or memory allow."""
+        n, rows = self.sampling.num_cots, min(at_once, len(self.texts))
+        mean = statistics.mean(len(self.prompts[b // n]) + len(text) / 2 for b, text in enumerate(self.texts))
+        flops, moved = work.decode([mean] * rows, 2 if has_bf16() else 4)
+        return max(flops / where["peak_flops"], moved / where["bandwidth"]) * self.generated / rows
 
 
 def dictate(texts: list[list[int]]) -> dict:
@@ -62,15 +101,15 @@ def dictate(texts: list[list[int]]) -> dict:
     return {"sample": sample, "random_numbers": lambda name, n: next(rows) * MOST + torch.arange(n, dtype=torch.float64)}
 
 
-def ours(model, tokenizer, prompts, texts, *, sampling, grid, tokens, batch_size, replace, together) -> list[list[Rail]]:
+def ours(model, job: Job, *, batch_size: int, replace: dict, together: int) -> list[list[Rail]]:
     """Judged `together` prompts at a time, as judge_file does."""
-    found, n = [], sampling.num_cots
-    for i in range(0, len(prompts), together):
-        part = prompts[i : i + together]
-        with machine.replaced(gen_cot, **dictate(texts[i * n : (i + together) * n]), **replace):
+    found, n = [], job.sampling.num_cots
+    for i in range(0, len(job.prompts), together):
+        part = job.prompts[i : i + together]
+        with machine.replaced(gen_cot, **dictate(job.texts[i * n : (i + together) * n]), **replace):
             judged = gen_cot.judge(
-                model, tokenizer, part, [str(j) for j in range(len(part))], sampling=sampling, grid=grid, tokens=tokens,
-                with_scores=True, at_once=batch_size,
+                model, job.tokenizer, part, [str(j) for j in range(len(part))], sampling=job.sampling, grid=job.grid,
+                tokens=job.tokens, with_scores=True, at_once=batch_size,
             )  # fmt: skip
             found += [judgement.scores for _, judgement in sorted(judged)]
     return found
@@ -95,28 +134,31 @@ class Dictated(LogitsProcessor):
 
 
 @torch.inference_mode()
-def authors(model, tokenizer, prompts, texts, *, sampling, grid, tokens, batch_size) -> list[list[Rail]]:
-    found, n, end = [], sampling.num_cots, tokenizer.eos_token_id
+def authors(model, job: Job, *, batch_size: int, spent: Counter | None = None) -> list[list[Rail]]:
+    """`spent` is told the seconds that went into CoTs and into scores."""
+    found, n, end, spent = [], job.sampling.num_cots, job.tokenizer.eos_token_id, Counter() if spent is None else spent
     at_once = max(1, batch_size // n)
-    ids = {"score_ids": torch.tensor(tokens.score_ids, device=device())}
-    ids["score_values"] = torch.tensor(grid.values, device=device())
-    for i in range(0, len(prompts), at_once):
-        part = prompts[i : i + at_once]
+    ids = {"score_ids": torch.tensor(job.tokens.score_ids, device=device())}
+    ids["score_values"] = torch.tensor(job.grid.values, device=device())
+    settings = job.sampling._asdict()
+    settings["num_return_sequences"] = settings.pop("num_cots")
+    for i in range(0, len(job.prompts), at_once):
+        part = job.prompts[i : i + at_once]
         width = max(map(len, part))
-        own = [[*text, tokens.score_ids[0], end] for text in texts[i * n : (i + len(part)) * n]]
+        own = [[*text, job.tokens.score_ids[0], end] for text in job.texts[i * n : (i + len(part)) * n]]
         batch = torch.tensor([[end] * (width - len(p)) + p for p in part], device=device())
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device())
-        written = model.generate(
-            batch, attention_mask=mask, do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0,
-            repetition_penalty=sampling.repetition_penalty, max_new_tokens=sampling.max_new_tokens, use_cache=True,
-            num_return_sequences=n, eos_token_id=end, pad_token_id=end,
-            logits_processor=LogitsProcessorList([Dictated(own, width)]),
-        )  # fmt: skip
-        scores = []
-        for row, line in enumerate(written[:, width:].tolist()):
-            cot, _ = gen_cot.read_cot(tokenizer, line, grid.suffix)
-            again = records.prefix_ids(tokenizer, part[row // n], cot, grid)
-            scores.append(rail(model(torch.tensor([again], device=device())).logits[0].float()[-1], **ids))
+        with machine.timed(spent, "CoTs"):
+            written = model.generate(
+                batch, attention_mask=mask, do_sample=True, top_k=0, use_cache=True, eos_token_id=end, pad_token_id=end,
+                logits_processor=LogitsProcessorList([Dictated(own, width)]), **settings,
+            )  # fmt: skip
+        with machine.timed(spent, "scores"):
+            scores = []
+            for row, line in enumerate(written[:, width:].tolist()):
+                cot, _ = gen_cot.read_cot(job.tokenizer, line, job.grid.suffix)
+                again = records.prefix_ids(job.tokenizer, part[row // n], cot, job.grid)
+                scores.append(rail(model(torch.tensor([again], device=device())).logits[0].float()[-1], **ids))
         found += [scores[k : k + n] for k in range(0, len(scores), n)]
     return found
 
@@ -126,22 +168,20 @@ def stopwatch():
     """Seconds that our way spends on reading prompts, on CoTs, in sampling and on the scores; the rest is bookkeeping."""
     spent, running = Counter(), []
 
-    def timed(name: str, real):
+    def watched(label: str, real):
         def run(*args, **options):
             if running:  # inside another of these
                 return real(*args, **options)
-            running.append(name)
-            machine.synchronise()
-            started = time.perf_counter()
-            found = real(*args, **options)
-            machine.synchronise()
-            spent[running.pop()] += time.perf_counter() - started
+            running.append(label)
+            with machine.timed(spent, label):
+                found = real(*args, **options)
+            running.clear()
             return found
 
         return run
 
     names = {"read_prompts": "prompts", "read_scores": "scores", "sample": "sampling", "feed": "CoTs", "head": "CoTs"}
-    with machine.replaced(gen_cot, **{name: timed(label, getattr(gen_cot, name)) for name, label in names.items()}):
+    with machine.replaced(gen_cot, **{name: watched(label, getattr(gen_cot, name)) for name, label in names.items()}):
         yield spent
 
 
@@ -163,7 +203,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to add the result to, a line; None: only print")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    ways, grid = args.ways.split(","), Grid()
+    ways = args.ways.split(",")
 
     tokenizer = models.load_tokenizer(args.model or records.TINY_SEED)
     dtype = torch.bfloat16 if has_bf16() else torch.float32
@@ -173,22 +213,14 @@ def main() -> None:
         # Weights so large that the model heeds what it reads, and is as sure of its next token as a trained one
         config = workload.shape(args.vocabulary, layers=args.layers, hidden=args.hidden, spread=0.2)
         model = workload.random_model(config, dtype, sharp=3)
-    tokens = records.score_tokens(tokenizer, grid)
     if args.data:
-        rows = records.read_records(args.data, grid=grid, need=("id", "prompt", "cot"))
+        rows = records.read_records(args.data, grid=Grid(), need=("id", "prompt", "cot"))
         rows = [rows[i] for i in range(min(len(rows), args.records))]
     else:
         rows = list(workload.long_records(args.records, prompt=args.prompt, cot=args.cot))
-    prompts = [records.prompt_ids(tokenizer, row["prompt"]) for row in rows]
-    pairs = sorted(zip(prompts, rows, strict=True), key=lambda pair: -len(pair[0]))  # as judge_file does; for all ways
-    prompts = [prompt for prompt, _ in pairs]
-    n = args.num_cots
-    cots = [rows[(i + k) % len(rows)]["cot"] for i in range(len(rows)) for k in range(n)]  # a prompt's CoTs differ
-    texts = [records.target_ids(tokenizer, cot, grid.tokens[0], grid.suffix)[:-1] for cot in cots]
+    job = Job.of(tokenizer, rows, args.num_cots)
 
-    sampling = Sampling(num_cots=n, max_new_tokens=min(1024, max(map(len, texts)) + 2))
-    same = dict(sampling=sampling, grid=grid, tokens=tokens, batch_size=args.batch_size)
-    batch = max(1, args.batch_size // n)
+    batch = max(1, args.batch_size // args.num_cots)
     several = gen_cot.TOGETHER * batch
     levers = {
         "ours": ({}, several),
@@ -197,18 +229,17 @@ def main() -> None:
         "sorting": ({"NUCLEUS": 10**9}, several),
     }
 
-    def run(way: str, first: int = len(prompts)) -> list[list[Rail]]:
-        some = model, tokenizer, prompts[:first], texts[: first * n]
+    def run(way: str, job: Job = job) -> list[list[Rail]]:
         if way == "authors":
-            return authors(*some, **same)
+            return authors(model, job, batch_size=args.batch_size)
         replace, together = levers[way]
-        return ours(*some, **same, replace=replace, together=together)
+        return ours(model, job, batch_size=args.batch_size, replace=replace, together=together)
 
     def numbers(found: list[list[Rail]]) -> torch.Tensor:
         """Renormalised: a random model puts next to nothing on the scores, and nothing would be easy to agree on."""
         probs = torch.tensor([list(score.probs) for scores in found for score in scores])
         probs = probs / probs.sum(-1, keepdim=True)
-        return torch.cat([probs @ torch.tensor(grid.values)[:, None], probs], 1)
+        return torch.cat([probs @ torch.tensor(job.grid.values)[:, None], probs], 1)
 
     found = {way: numbers(run(way)) for way in ways}
     off = {way: float((found[way] - found[ways[0]]).abs().max()) for way in ways}
@@ -218,31 +249,30 @@ def main() -> None:
     spread = float(found[ways[0]][:, 0].std())
     assert spread > 0.1, "all scores are the same: nothing was compared"
 
-    peak = {way: machine.peak_of(lambda way=way: run(way, batch)) for way in ways}  # of a batch of the longest prompts
+    peak = {
+        way: machine.peak_of(lambda way=way: run(way, job.first(batch))) for way in ways
+    }  # of a batch of the longest prompts
     times = {way: [] for way in ways}
     for _ in range(args.rounds):
         for way in ways:
-            times[way].append(machine.seconds(lambda way=way: run(way)) / len(prompts))
+            times[way].append(machine.seconds(lambda way=way: run(way)) / len(rows))
     with stopwatch() as spent:
         whole = machine.seconds(lambda: run("ours"))
 
-    # The limit: reading each prompt once, then a token of every row a step, each step as fast as arithmetic or memory allow
+    # The limit: reading each prompt once, then writing
     where, work = machine.machine(), machine.Work.of(model)
-    lengths, rows_at_once = [len(p) for p in prompts], min(args.batch_size, len(texts))
-    mean = statistics.mean(len(prompts[b // n]) + len(text) / 2 for b, text in enumerate(texts))
-    flops, moved = work.decode([mean] * rows_at_once, 2 if has_bf16() else 4)
-    step = max(flops / where["peak_flops"], moved / where["bandwidth"])
-    limit = work.prefill(lengths) / where["peak_flops"] + step * sum(map(len, texts)) / rows_at_once
+    lengths = [len(p) for p in job.prompts]
+    limit = work.prefill(lengths) / where["peak_flops"] + job.decode_limit(work, where, args.batch_size)
     median = {way: statistics.median(times[way]) for way in ways}
     result = {
         "bench": "judge", "machine": where, "arguments": vars(args), "prompt_tokens": sum(lengths),
-        "generated_tokens": sum(map(len, texts)), "scores_off": off, "scores_spread": spread,
+        "generated_tokens": job.generated, "scores_off": off, "scores_spread": spread,
         "seconds_a_prompt": {way: round(median[way], 4) for way in ways},
         "times": {way: [round(t, 4) for t in times[way]] for way in ways},
-        "tokens_per_second": {way: round(sum(map(len, texts)) / len(prompts) / median[way]) for way in ways},
+        "tokens_per_second": {way: round(job.generated / len(rows) / median[way]) for way in ways},
         "peak_bytes": peak,
         "ratio_to_ours": {way: machine.median_ratio(times[way], times["ours"]) for way in ways},
-        "share_of_limit": round(limit / len(prompts) / median["ours"], 4),
+        "share_of_limit": round(limit / len(rows) / median["ours"], 4),
         "where": {name: round(share / whole, 4) for name, share in spent.items()},
     }  # fmt: skip
     print(f"\n{'way':10} {'s/prompt':>8} {'ratio':>6} {'generated tok/s':>15} {'peak MiB':>8}")

@@ -14,6 +14,7 @@ import os
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,16 @@ def bandwidth() -> float:
     a = torch.empty(2**32 if torch.cuda.is_available() else 2**28, dtype=torch.uint8, device=device()).fill_(1)
     b = torch.empty_like(a)
     return 2 * a.numel() / min(seconds(lambda: b.copy_(a)) for _ in range(8))
+
+
+@contextmanager
+def timed(spent: Counter, name: str):
+    """Adds the seconds that its block takes to spent[name]."""
+    synchronise()
+    started = time.perf_counter()
+    yield
+    synchronise()
+    spent[name] += time.perf_counter() - started
 
 
 def machine() -> dict:

@@ -10,7 +10,6 @@ slope of a straight line through log(size), log(seconds or bytes); 1 is proporti
 """
 
 import argparse
-import itertools
 import json
 import math
 import statistics
@@ -25,6 +24,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import judge  # noqa: E402
 import machine  # noqa: E402
 import workload  # noqa: E402
 
@@ -33,7 +33,6 @@ import models  # noqa: E402
 import records  # noqa: E402
 import runs  # noqa: E402
 import stage1_train  # noqa: E402
-from records import Grid  # noqa: E402
 
 
 def exponent(sizes: list[float], found: list[float]) -> float:
@@ -137,26 +136,12 @@ def of_training(axis: str, sizes: list[int], rounds: int) -> dict:
 
 def of_judging(axis: str, sizes: list[int], rounds: int) -> dict:
     """Seconds of judging the same prompts, with one size varied."""
-    from judge import dictate
-
-    tokenizer, grid, rows = models.load_tokenizer(records.TINY_SEED), Grid(), []
-    texts = list(workload.long_records(16, prompt=300, cot=30))
-    prompts = [records.prompt_ids(tokenizer, record["prompt"]) for record in texts]
+    tokenizer, texts, rows = models.load_tokenizer(records.TINY_SEED), list(workload.long_records(16, prompt=300, cot=30)), []
     for size in sizes:
         own = {"num_cots": 1, "batch_size": 16, "vocabulary": 32000} | {axis: size}
         model = workload.random_model(workload.shape(own["vocabulary"], spread=0.2), torch.float32, sharp=3)
-        again = itertools.islice(itertools.cycle(texts), len(texts) * own["num_cots"])
-        cots = [records.target_ids(tokenizer, record["cot"], "1")[:-1] for record in again]
-
-        def run(model=model, cots=cots, own=own):
-            sampling = gen_cot.Sampling(num_cots=own["num_cots"], max_new_tokens=max(map(len, cots)) + 2)
-            with machine.replaced(gen_cot, **dictate(cots)):
-                judged = gen_cot.judge(
-                    model, tokenizer, prompts, [str(i) for i in range(len(prompts))], sampling=sampling, grid=grid,
-                    tokens=records.score_tokens(tokenizer, grid), with_scores=True, at_once=own["batch_size"],
-                )  # fmt: skip
-                return list(judged)
-
+        job = judge.Job.of(tokenizer, texts, own["num_cots"])
+        run = partial(judge.ours, model, job, batch_size=own["batch_size"], replace={}, together=len(texts))
         run()
         rows.append({axis: size, "seconds": statistics.median(machine.seconds(run) for _ in range(rounds))})
     return report("judging", axis, sizes, rows)

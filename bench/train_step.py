@@ -117,9 +117,9 @@ def collate(examples: list[Example], pad_id: int, real=stage1_train.collate) -> 
     return batch | {"attention_mask": mask.long()}
 
 
-def loop(model, examples: list[Example], plan: list[list[int]], *, backward, loss, options) -> tuple[list[float], list[float]]:
+def loop(model, examples, plan, *, backward, loss, options, lr: float = LR) -> tuple[list[float], list[float]]:
     """Losses and seconds of stage 1's steps, with `backward` in the place of its own."""
-    optimiser, schedule = stage1_train.make_optimiser(model, lr=LR, warmup=0.0, weight_decay=0.0, steps=len(plan))
+    optimiser, schedule = stage1_train.make_optimiser(model, lr=lr, warmup=0.0, weight_decay=0.0, steps=len(plan))
     losses, times = [], []
     with machine.replaced(stage1_train, backward=backward, collate=collate, tqdm=partial(tqdm, file=open(os.devnull, "w"))):
         lines = stage1_train.train(
@@ -209,6 +209,11 @@ def gradients(model, way: Callable, batch: dict, loss) -> torch.Tensor:
     return found
 
 
+def keep_activations(model) -> None:
+    """Undo models.checkpoint_activations."""
+    getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+
+
 def extra_memory(model, run: Callable[[], object]) -> int:
     """Bytes at the peak of one batch beyond weights and gradients: the second batch of a step, when gradients are there."""
     run()
@@ -290,7 +295,7 @@ def main() -> None:
     def model_for(way: str):
         model = make()
         if way == "kept":
-            getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+            keep_activations(model)
         if way == "compiled":
             models.compile_blocks(model)
         return model

@@ -14,7 +14,7 @@ import gen_cot
 import stage1_train
 from bench import ablations
 from data.tiny import ideal, prepare
-from runs import Fault
+from runs import Fault, InputError
 
 RESULTS = ROOT / "results/ablations"
 FLAGS = "--lr 0.001 --epochs 4"
@@ -107,6 +107,10 @@ def test_a_finished_row_is_summed_up(tmp_path):
     assert difference["value"] == pytest.approx((10 / 6) ** 0.5 - (5 / 6) ** 0.5 / 2)
     assert difference["low"] < difference["value"] < difference["high"]
     assert report["variance"]["a1"] == {"within": [0, 0], "between": [0, 0]} and report["records"] == {"test": 6}
+
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))  # of a1, the last that was written
+    with pytest.raises(InputError, match="a1: not all its seeds were tested on the records that others were"):
+        ablations.summarise(plans, ["tract", "a1"], resamples=50)
 
 
 def test_variance_is_split_into_cots_and_records():

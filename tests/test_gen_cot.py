@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -215,8 +216,13 @@ def test_out_of_memory_halves_the_batch(tiny_records, write_jsonl, run_script, t
 
 
 def test_given_cots_are_scored_as_they_stand(tiny_records, write_jsonl, run_script, tmp_path, capsys):
-    """Annotated CoTs get the distribution of a fresh pass; CoTs of an earlier run get the one they had there."""
-    data, model = write_jsonl("test.jsonl", tiny_records[:6]), records.TINY_SEED
+    """Annotated CoTs get the distribution of a fresh pass; CoTs of an earlier run get the one they had there.
+
+    Also those that filled the model to its last position.
+    """
+    data, model = write_jsonl("test.jsonl", tiny_records[:6]), str(shutil.copytree(records.TINY_SEED, tmp_path / "short"))
+    config = json.loads((tmp_path / "short/config.json").read_text())
+    (tmp_path / "short/config.json").write_text(json.dumps(config | {"max_position_embeddings": 112}))
     run_script("predict", "--model", model, "--data", data, "--out", tmp_path / "own.jsonl", "--num-cots", 2)
     run_script(
         "predict", "--model", model, "--data", tmp_path / "own.jsonl", "--out", tmp_path / "again.jsonl", "--given", "cots"
@@ -225,8 +231,9 @@ def test_given_cots_are_scored_as_they_stand(tiny_records, write_jsonl, run_scri
     own, again, cot = (
         [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("own", "again", "cot")
     )
+    assert not all(done for row in own for done in row["finished"])
     network, tokenizer = gen_cot.load_model(model, dtype=torch.float32), gen_cot.load_tokenizer(model)
-    for before, after, annotated, record in zip(own, again, cot, tiny_records, strict=False):
+    for before, after, annotated, record in zip(own, again, cot, tiny_records[:6], strict=True):
         assert after["cots"] == before["cots"] and len(after["finished"]) == 2
         for k in (0, 1):
             assert after["score_probs"][k] == pytest.approx(before["score_probs"][k], abs=1e-4)
