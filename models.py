@@ -136,17 +136,28 @@ def load_for_training(name: str, lora: Lora | None):
         model = model.merge_and_unload() if base_of(name) else model
         return model.requires_grad_(True)
     model = load_model(name, dtype=torch.bfloat16 if has_bf16() else torch.float32, trainable=True)
-    return model if base_of(name) else with_adapters(model, lora)
+    return cast_by_autocast(model) if base_of(name) else with_adapters(model, lora)
 
 
 def with_adapters(model, lora: Lora):
-    """The model with fresh adapters in fp32, which change nothing yet; everything else is frozen."""
+    """The model, to be trained, with fresh adapters in fp32, which change nothing yet; everything else is frozen."""
     from peft import LoraConfig, get_peft_model
 
     linear = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, linear)
+    return cast_by_autocast(get_peft_model(model, linear))
+
+
+def cast_by_autocast(model, yes: bool = True):
+    """Keep peft from casting what its adapters see to fp32, only for autocast to cast it back to bf16.
+
+    The numbers are the same; but else every layer would make, and keep for its backward pass, a copy of its own.
+    """
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = not yes
+    return model
 
 
 def merged(name: str):
@@ -212,13 +223,14 @@ def expected_memory(
     # What a block keeps for its backward pass, bytes a token: each norm its input, in fp32, and for its own weight what it
     # made of that; attention its q, k, v and output; the MLP gate, its activation, up and their product
     block = 2 * 4 * h * (1 if lora else 2) + compute * (2 * q + 2 * kv + 4 * m)
-    # and what the layers (with LoRA the adapters) see; in bf16 each casts it for itself
-    block += compute * (5 * h + (q + m if lora else 0)) if bf16 else 4 * 2 * h
+    # and what the layers (with LoRA the adapters) see, which each casts for itself if the stream is in fp32 and they in bf16
+    block += compute * h * (5 if compute < stream else 2)
     kept = layers * (stream * h if gradient_checkpointing else block)
     if bf16 and not lora and not gradient_checkpointing:  # the bf16 copies of the weights
         kept += 2 * sum(layer.weight.numel() for layer in linear) // (sequences * length)
-    # The logits, in fp32 if they were not, their log-softmax, and the gradients before and after it
-    logits = min(supervised, max(1, LOGITS // config.vocab_size)) * config.vocab_size * (16 if compute == 4 else 18)
+    # The logits in fp32, their log-softmax, and the gradients before and after it; beside them the head's weights in bf16
+    logits = min(supervised, max(1, LOGITS // config.vocab_size)) * config.vocab_size * 16
+    logits += 2 * config.vocab_size * h if bf16 and not lora else 0
     return Memory(
         weights=parameters * (compute if lora else 4) + (4 * trained if lora else 0),
         gradients=4 * trained,

@@ -1,14 +1,16 @@
 """Does training take the memory that stage 1 says it will? Expected against measured, on models of real shapes.
 
-    python bench/memory.py --out results/memory/memory.json        # about two minutes on a CPU
+    python bench/memory.py --out results/memory/memory.json        # about five minutes on a CPU
     python bench/memory.py --fit                                   # estimates for 7B and 8B, nothing is run
     python bench/memory.py --model mistral-7b --length 1500        # on a GPU, random weights of a model's exact shape
 
 Each case takes two optimiser steps of two batches each in stage 1's loop, on random tokens of which a quarter is supervised.
-Measured is the peak of what tensors hold. Ends with one JSON line.
+Measured is the peak of what tensors hold: in bf16 as on a GPU, which a CPU can do as well if slowly, and on a CPU in fp32 too.
+Ends with one JSON line.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -58,9 +60,10 @@ def fit() -> None:
                 print("| " + " | ".join(cells) + " |")
 
 
-def measure(config, lora: Lora | None, *, sequences: int, length: int, gradient_checkpointing: bool, steps: int = 2) -> dict:
+def measure(
+    config, lora: Lora | None, *, bf16: bool, sequences: int, length: int, gradient_checkpointing: bool, steps: int = 2
+) -> dict:
     """Expected and measured bytes of a training step on a model of this shape."""
-    bf16 = models.has_bf16()
     expected = expect(
         config, lora, sequences=sequences, length=length, supervised=sequences * (length // 4),
         bf16=bf16, gradient_checkpointing=gradient_checkpointing,
@@ -82,8 +85,8 @@ def measure(config, lora: Lora | None, *, sequences: int, length: int, gradient_
 
     measured = machine.peak_of(run)
     return {
-        "lora": bool(lora), "gradient_checkpointing": gradient_checkpointing, "sequences": sequences, "length": length,
-        "expected": expected._asdict() | {"total": expected.total}, "measured": measured,
+        "bf16": bf16, "lora": bool(lora), "gradient_checkpointing": gradient_checkpointing, "sequences": sequences,
+        "length": length, "expected": expected._asdict() | {"total": expected.total}, "measured": measured,
         "expected_to_measured": round(expected.total / measured, 3),
     }  # fmt: skip
 
@@ -101,18 +104,19 @@ def main() -> None:
         return fit()
     shapes = {args.model: AutoConfig.from_pretrained(models.resolve(args.model))} if args.model else SHAPES
     cases = []
-    for name, config in shapes.items():
-        for way in [args.only] if args.only else ["full", "lora"]:
-            for checkpointing in (True, False):
-                lora = Lora() if way == "lora" else None
-                sizes = {"sequences": args.sequences, "length": args.length}
-                case = {"shape": name} | measure(config, lora, **sizes, gradient_checkpointing=checkpointing)
-                cases.append(case)
-                print(
-                    f"{name:28} {way:5} {'checkpointed' if checkpointing else 'all kept':13} "
-                    f"expected {case['expected']['total'] / 2**30:7.2f} GiB, measured {case['measured'] / 2**30:7.2f} GiB, "
-                    f"ratio {case['expected_to_measured']:.2f}"
-                )
+    ways = [args.only] if args.only else ["full", "lora"]
+    precisions = (True,) if models.has_bf16() else (False, True)
+    for (name, config), way, bf16, checkpointing in itertools.product(shapes.items(), ways, precisions, (True, False)):
+        case = {"shape": name} | measure(
+            config, Lora() if way == "lora" else None, bf16=bf16, sequences=args.sequences, length=args.length,
+            gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+        cases.append(case)
+        print(
+            f"{name:28}{way:6}{'bf16' if bf16 else 'fp32':6}{'checkpointed' if checkpointing else 'all kept':13} "
+            f"expected {case['expected']['total'] / 2**30:7.2f} GiB, measured {case['measured'] / 2**30:7.2f} GiB, "
+            f"ratio {case['expected_to_measured']:.2f}"
+        )
     report = {"bench": "memory", "machine": machine.machine(), "cases": cases}
     if args.out:
         runs.write_whole(args.out, json.dumps(report, indent=1) + "\n")

@@ -164,6 +164,7 @@ def trainer_settings(steps: int, options) -> dict:
 def with_trainer(model, examples, plan, *, loss, options):
     """Hugging Face's Trainer, its loss replaced by the authors' style of ours."""
     losses, clock = [], Clock()
+    models.cast_by_autocast(model, False)  # as peft leaves it
 
     class SameLoss(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -186,6 +187,7 @@ def with_trl(model, examples, plan, *, loss, options):
     from trl import SFTConfig, SFTTrainer
 
     clock = Clock()
+    models.cast_by_autocast(model, False)
     data = [examples[i] for window in plan for i in window]
     rows = [{"input_ids": e.ids, "labels": [-100] * e.start + e.ids[e.start :]} for e in data]
     settings = SFTConfig(

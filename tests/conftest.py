@@ -118,17 +118,17 @@ def write_jsonl(tmp_path):
     return write
 
 
-@pytest.fixture
-def run_script(monkeypatch):
+@pytest.fixture(scope="session")
+def run_script():
     """Run a script's main() in this process with the given arguments."""
     import importlib
 
+    import runs
+
     def run(script: str, *arguments) -> None:
-
-        import runs
-
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-        runs.run(importlib.import_module(script).main)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+            runs.run(importlib.import_module(script).main)
 
     return run
 

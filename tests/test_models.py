@@ -1,13 +1,14 @@
 """LoRA and full fine-tuning, and whether the memory they take is what was said."""
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 
+import machine
 import pytest
 import torch
-from conftest import ROOT, random_model
+import workload
+from conftest import random_model
+from huggingface_hub import constants
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -21,14 +22,12 @@ from records import Example
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory, tiny_records):
+def adapter(tmp_path_factory, tiny_records, run_script):
     """Stage 1 with LoRA on the embedded task, merged as well."""
     folder = tmp_path_factory.mktemp("lora")
     (folder / "train.jsonl").write_text("".join(map(runs.to_line, tiny_records[:60])))
-    options = ["--lora", "--merge", "--lora-rank", "4", "--epochs", "2", "--lr", "0.01", "--eval-size", "2"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["", "--data", str(folder / "train.jsonl"), "--out", str(folder / "p_s"), *options])
-        stage1_train.main()
+    options = ["--lora", "--merge", "--lora-rank", 4, "--epochs", 2, "--lr", 0.01, "--eval-size", 2]
+    run_script("stage1_train", "--data", folder / "train.jsonl", "--out", folder / "p_s", *options)
     return folder / "p_s"
 
 
@@ -109,6 +108,26 @@ def test_checkpointing_leaves_the_gradients_of_adapters_as_they_are(tiny_tokeniz
     torch.testing.assert_close(*grads)
 
 
+def test_adapters_see_what_autocast_made_and_no_copy_of_it(tiny_tokenizer):
+    """peft would cast it to fp32, and autocast that to bf16 again: the same gradients, but a copy for every layer."""
+    batch = stage1_train.collate(workload.random_examples(4, 64, 50), pad_id=0)
+    gradients, peaks = [], []
+    for autocast in (True, False):
+        torch.manual_seed(0)
+        model = models.with_adapters(random_model(tiny_tokenizer).bfloat16(), Lora()).train()
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p)  # at zero, as they begin, A has no gradient
+        if not autocast:
+            models.cast_by_autocast(model, False)
+        run = partial(stage1_train.backward, model, batch, workload.loss_of(), bf16=True)
+        run()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+        peaks.append(machine.peak_of(run))
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert all(gradient.any() for gradient in gradients[0].values()) and peaks[0] < 0.95 * peaks[1]
+
+
 @pytest.mark.parametrize("dtype, share", [(torch.float32, (0.99, 1)), (torch.bfloat16, (0, 0.01))])
 def test_at_the_papers_learning_rate_weights_move_only_in_fp32(dtype, share, tiny_tokenizer):
     """Why what is trained is kept in fp32: the same twenty steps at 1e-5 leave bf16 weights where they were."""
@@ -129,11 +148,13 @@ SMALL = LlamaConfig(
 )
 
 
-@pytest.mark.parametrize("lora", [None, Lora()])
-@pytest.mark.parametrize("gradient_checkpointing", [True, False])
-def test_expected_memory_is_what_is_measured(lora, gradient_checkpointing):
-    case = memory.measure(SMALL, lora, sequences=4, length=256, gradient_checkpointing=gradient_checkpointing)
-    assert 0.85 < case["expected_to_measured"] < 1.2
+@pytest.mark.parametrize(
+    "lora, bf16, gradient_checkpointing",
+    [(None, False, True), (None, True, False), (Lora(), True, True), (Lora(), True, False), (Lora(), False, False)],
+)
+def test_expected_memory_is_what_is_measured(lora, bf16, gradient_checkpointing):
+    sizes = {"sequences": 4, "length": 128, "gradient_checkpointing": gradient_checkpointing}
+    assert 0.9 < memory.measure(SMALL, lora, bf16=bf16, **sizes)["expected_to_measured"] < 1.1
 
 
 def test_expected_memory_counts_every_adapter(tmp_path, tiny_tokenizer):
@@ -216,7 +237,7 @@ def test_several_lambdas_and_the_best_is_kept(tiny_records, write_jsonl, run_scr
     assert (tmp_path / "eval/training.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_dry_run_needs_no_weights_and_no_network(mistral_tokenizer, write_jsonl, tmp_path):
+def test_dry_run_needs_no_weights_and_no_network(mistral_tokenizer, write_jsonl, run_script, tmp_path, monkeypatch, capsys):
     """`--model mistral-7b` from the hub's cache, where only config and tokenizer are: the mask can be read off the screen."""
     commit = tmp_path / "hub/models--mistralai--Mistral-7B-Instruct-v0.2/snapshots" / ("0" * 40)
     commit.mkdir(parents=True)
@@ -225,17 +246,16 @@ def test_dry_run_needs_no_weights_and_no_network(mistral_tokenizer, write_jsonl,
     mistral_tokenizer.save_pretrained(commit)
     random_model(mistral_tokenizer).config.save_pretrained(commit)
     rows = [{"id": f"r{i}", "prompt": f"Rate {i}.", "cot": "It is fine.", "score": 4} for i in range(30)]
-    command = [sys.executable, "stage1_train.py", "--model", "mistral-7b", "--data", write_jsonl("t.jsonl", rows), "--dry-run"]
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, "--out", tmp_path / "out"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    data, out = write_jsonl("t.jsonl", rows), tmp_path / "out"
+    run_script("stage1_train", "--model", "mistral-7b", "--data", data, "--out", out, "--dry-run")
+    printed = capsys.readouterr().out
     for shown in (
         "12 tokens without loss:\n<s>[INST] Rate 0. [/INST]\n", "10 tokens with CE:\nIt is fine. So the overall score is",
         "with CE: '4' (id 28781). The squared error to 4 is read here", "last token, with CE: '</s>' (id 2)",
         "expected memory, an estimate: ", '"lora_rank": 8', '"full": false', "nothing was loaded and nothing written",
     ):  # fmt: skip
-        assert shown in done.stdout, done.stdout
+        assert shown in printed
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
 
 

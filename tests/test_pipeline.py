@@ -36,8 +36,6 @@ def pipeline(run_script, seed_model, train, test, out) -> None:
     run_script("stage2_train", "--model", seed_model, "--data", out / "cots.jsonl", "--out", out / "stage2", *options)
     for name, extra in {"predictions": ["--num-cots", 2], "no_cot": ["--no-cot"]}.items():
         run_script("predict", "--model", out / "stage2", "--data", test, "--out", out / f"{name}.jsonl", *short, *extra)
-    files = [out / "predictions.jsonl", out / "no_cot.jsonl"]
-    run_script("eval", *files, "--out", out / "eval", "--resamples", 20)
 
 
 def test_bench_file_through_every_stage_twice(mistral_tokenizer, tmp_path, run_script, monkeypatch, capsys):
@@ -54,6 +52,8 @@ def test_bench_file_through_every_stage_twice(mistral_tokenizer, tmp_path, run_s
     mistral_tokenizer.save_pretrained(tmp_path / "seed")
     for out in ("a", "b"):
         pipeline(run_script, tmp_path / "seed", train, test, tmp_path / out)
+    files = [tmp_path / "a" / name for name in ("predictions.jsonl", "no_cot.jsonl")]
+    run_script("eval", *files, "--out", tmp_path / "eval", "--resamples", 20)
 
     # The same bytes both times
     for name in ("stage1/log.jsonl", "stage1/model.safetensors", "stage2/model.safetensors", "cots.jsonl", "predictions.jsonl"):

@@ -234,17 +234,25 @@ def killed() -> None:
     raise RuntimeError("killed")
 
 
+CUT_OFF = ["--epochs", 2, "--save-every", 4, "--val-fraction", 0.1, "--eval-size", 4]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_records, run_script):
+    """The run that is cut off below, left alone."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "train.jsonl").write_text("".join(map(runs.to_line, tiny_records[:100])))
+    run_script("stage1_train", "--data", folder / "train.jsonl", "--out", folder / "out", *CUT_OFF)
+    return folder
+
+
 @pytest.mark.parametrize(
     "how, step, goes_on_after",
     [(lambda: signal.raise_signal(signal.SIGTERM), 5, 5), (killed, 7, 4), (killed, 2, 0), (killed, 11, 8)],
     ids=["sigterm", "killed", "killed before the first save", "killed in the second epoch"],
 )
-def test_a_run_that_was_cut_off_ends_the_same(
-    how, step, goes_on_after, tiny_records, write_jsonl, run_script, tmp_path, monkeypatch, capsys
-):
-    data, out = write_jsonl("train.jsonl", tiny_records[:100]), tmp_path / "cut"
-    arguments = ["--data", data, "--epochs", 2, "--save-every", 4, "--val-fraction", 0.1]
-    run_script("stage1_train", *arguments, "--out", tmp_path / "whole")
+def test_a_run_that_was_cut_off_ends_the_same(how, step, goes_on_after, whole, run_script, tmp_path, monkeypatch, capsys):
+    out, arguments = tmp_path / "cut", ["--data", whole / "train.jsonl", *CUT_OFF]
     with monkeypatch.context() as patch:
         interrupt_at(patch, step, how)
         with pytest.raises((SystemExit, RuntimeError)):
@@ -258,7 +266,7 @@ def test_a_run_that_was_cut_off_ends_the_same(
     run_script("stage1_train", *arguments, "--out", out)
     assert (f"going on after step {goes_on_after}" in capsys.readouterr().out) == bool(goes_on_after)
     for name in ("model.safetensors", "log.jsonl"):
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (out / name).read_bytes() == (whole / "out" / name).read_bytes()
     left = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in out.iterdir()} == left | {"chat_template.jinja", "log.jsonl", "run.json"}
 
