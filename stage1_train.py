@@ -98,8 +98,11 @@ def supervised_rows(model, batch: dict[str, Tensor]) -> Tensor:
     return hidden[batch["predicts"]]  # (B, T, D) → (R, D)
 
 
-def in_parts(hidden: Tensor, batch: dict[str, Tensor], rows: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """The supervised rows, so many at a time, with what the loss wants to know of them."""
+def in_parts(
+    hidden: Tensor, batch: dict[str, Tensor], vocabulary: int, logits: int = LOGITS
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """The supervised rows, as many at a time as have so many logits, with what the loss wants to know of them."""
+    rows = max(1, logits // vocabulary)
     is_score = batch["is_score"].split(rows)
     true_scores = batch["true_scores"].split([int(part.sum()) for part in is_score])
     parts = zip(hidden.split(rows), batch["targets"].split(rows), is_score, true_scores, strict=True)
@@ -142,7 +145,7 @@ def backward(model, batch: dict[str, Tensor], loss: Callable[..., Loss], *, bf16
     with computing(bf16):
         hidden = supervised_rows(model, batch)  # (R, D)
     gradients, losses = [], []
-    for part, of_part in in_parts(hidden.detach(), batch, rows=max(1, logits // model.config.vocab_size)):
+    for part, of_part in in_parts(hidden.detach(), batch, model.config.vocab_size, logits):
         part.requires_grad_()
         with computing(bf16):
             scored = loss(head(model, part), **of_part)
@@ -241,7 +244,7 @@ def evaluate(
         batch = collate([examples[j] for j in order[i : i + batch_size]], pad_id)
         with computing(bf16):
             hidden = supervised_rows(model, batch)
-        for part, of_part in in_parts(hidden, batch, rows=max(1, LOGITS // model.config.vocab_size)):
+        for part, of_part in in_parts(hidden, batch, model.config.vocab_size):
             with computing(bf16):
                 logits = head(model, part)
             nll += float(torch.nn.functional.cross_entropy(logits.float(), of_part["targets"], reduction="sum"))

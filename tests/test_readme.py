@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import memory
 from conftest import ROOT
 
 LINK = re.compile(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)")
@@ -22,6 +23,11 @@ def test_tables_are_those_of_the_results():
     tables = (ROOT / "results/ablations/tables.md").read_text("utf-8").split("\n\n")
     quoted = [table for table in tables if table.startswith("|") and table.strip() in readme]
     assert [table.split(" |")[0] for table in quoted] == ["| method, prediction", "| is it better?", "| grid"]
+
+
+def test_estimates_are_those_of_today(capsys):
+    memory.fit()
+    assert capsys.readouterr().out in (ROOT / "README.md").read_text("utf-8")
 
 
 def test_tables_of_speed_are_those_of_the_raw_files(tmp_path):
