@@ -99,13 +99,16 @@ class Case(NamedTuple):
 def training_cases(args, shapes: dict) -> Iterator[Case]:
     """Those of one model together; those that change it for good last."""
     ours = [("ours", recomputed, n) for recomputed in (True, False) for n in (1, 2, 4, 8)]
-    others = [("authors", True, 1), ("authors", True, 4), ("trainer", True, 1), ("trainer", True, 4), ("compiled", True, 4)]
+    others = [("authors", True, 1), ("authors", True, 4), ("trainer", True, 1), ("trainer", True, 4)]
+    others += [("compiled", True, 4), ("compiled", False, 4)]
     for shape, lora in (("mistral-7b", Lora()), ("mistral-7b", None), ("llama-3.1-8b", Lora())):
         config = shapes[shape]
         for style, recomputed, sequences in ours + others:
             examples = real_examples(args.steps * sequences, config.vocab_size, args.scale)
-            plan = stage1_train.windows([len(e.ids) for e in examples], sequences, seed=0)
-            largest = max(([examples[i] for i in window] for window in plan), key=lambda es: max(len(e.ids) for e in es))
+            windows = stage1_train.windows([len(e.ids) for e in examples], sequences, seed=0)
+            # The largest last: in the first step the optimiser holds nothing yet
+            plan = sorted(windows, key=lambda window: max(len(examples[i].ids) for i in window))
+            largest = [examples[i] for i in plan[-1]]
             expected = memory.expect(
                 config, lora, sequences=sequences, length=max(len(e.ids) for e in largest),
                 supervised=sum(e.supervised for e in largest), bf16=args.plan or has_bf16(), gradient_checkpointing=recomputed,
@@ -164,11 +167,11 @@ def judging(args, shapes: dict, where: dict) -> Iterator[dict]:
     tokenizer = models.load_tokenizer(records.TINY_SEED)
     for shape, config in shapes.items():
         model = workload.random_model(config, PRECISION, sharp=6)  # of 4,096 numbers at .02: as sure as a trained model
-        most = models.rows_that_fit(model, round(args.scale * 2000))
+        most = models.rows_that_fit(model, round(args.scale * 3080))  # the longest prompts and CoTs
         cases = [(("ours", "authors"), 1, min(16, most)), (("ours",), 1, most), (("ours",), 5, most)]
         cases += [(("ours",), 1, n) for n in (64, 256) if n < most]
         for ways, num_cots, at_once in cases:
-            n = 24 if "authors" in ways else max(args.steps, 2 * at_once // num_cots)
+            n = 24 if "authors" in ways else max(args.steps, 4 * at_once // num_cots)
             rows = list(workload.long_records(n, prompt=1310 * args.scale, cot=118 * args.scale))
             job = judge.Job.of(tokenizer, rows, num_cots)
             yield {"shape": shape, "num_cots": num_cots, "at_once": at_once, "prompts": n} | {

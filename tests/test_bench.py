@@ -1,11 +1,17 @@
 """The benches: what they compare does the same work, and their arithmetic is that of torch's own counter."""
 
+import argparse
+import itertools
 import json
+import subprocess
+import sys
 
+import gpu
 import machine
 import pytest
 import torch
 import workload
+from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -54,3 +60,29 @@ def test_every_way_to_judge_finds_the_same_scores(run_script, capsys, num_cots):
     assert 0 < found["scores_off"]["authors"] < 1e-4 and found["scores_spread"] > 0.1
     assert set(found["ratio_to_ours"]) == {"ours", "authors", "no-refill", "copying", "sorting"}
     assert 0.5 < sum(found["where"].values()) <= 1
+
+
+def test_the_gpu_bench_runs_and_all_its_parts_are_drawn(run_script, monkeypatch, capsys, tmp_path):
+    """One part of the rehearsal, which needs no GPU; then the tables of the whole committed one."""
+    monkeypatch.chdir(ROOT)
+    run_script("gpu", "--rehearse", "--parts", "precision", "--out", tmp_path / "gpu.jsonl")
+    line = last_line(capsys)
+    assert line == json.loads((tmp_path / "gpu.jsonl").read_text()) and line["rehearsal"] and not line["cut_off"]
+    *spread, moved = line["cases"]
+    assert [case["shape"] for case in spread] == ["mistral-7b", "llama-3.1-8b"]
+    assert moved["moved_at_1e-5"]["fp32"] > 0.99 > 0.9 > moved["moved_at_1e-5"]["seen in bf16"]
+
+    draw = [sys.executable, ROOT / "results/gpu/draw.py", ROOT / "results/gpu/rehearsal.jsonl", "--out", tmp_path / "tables.md"]
+    subprocess.run(draw, check=True)
+    drawn = (tmp_path / "tables.md").read_text("utf-8")
+    assert [part.split(":")[0] for part in drawn.split("\n## ")[1:]] == list(gpu.PARTS)
+
+
+def test_the_largest_batch_comes_when_the_optimiser_holds_its_state():
+    """Only then is the peak of the steps what stage 1 expects."""
+    options = argparse.Namespace(steps=4, scale=0.05, plan=False)
+    shapes = {name: workload.shape(500, layers=1, hidden=64) for name in workload.REAL}
+    for case in itertools.islice(gpu.training_cases(options, shapes), 4):
+        longest = [max(len(case.examples[i].ids) for i in window) for window in case.plan]
+        assert len(longest) == 4 and longest[-1] == max(longest) == case.facts()["longest"]
+        assert sorted(i for window in case.plan for i in window) == list(range(4 * case.sequences))

@@ -91,12 +91,12 @@ def predicted() -> str:
         step = 8 * blocks * length + 4.5 * attention * length**2
         training = (step + 6 * head * length) / (step + 6 * head * cot)
         vocabulary = head // 4096
-        logits = [rows_ * vocabulary * 18 / 2**30 for rows_ in (4 * length, min(4 * cot, 2**24 // vocabulary))]
+        logits = [4 * length * vocabulary * 18 / 2**30, min(4 * cot, 2**24 // vocabulary) * vocabulary * 16 / 2**30]
         read = (2 * blocks * prompt + attention * prompt**2) / flops
         token = max(2 * (blocks + head) * 64 / flops, 2 * (blocks + head + kv * 64 * length) / bandwidth) / 64
         again = (2 * (blocks + head) * length + attention * length**2) / flops
         judged = (read + cot * token + again) / (read + cot * token)
-        rows.append([name, f"{training:.2f}", f"{logits[0]:.1f} GiB", f"{logits[1]:.1f} GiB", f"{judged:.2f}"])
+        rows.append([name, f"{training:.2f}", f"{logits[0]:.2f} GiB", f"{logits[1]:.2f} GiB", f"{judged:.2f}"])
     head = [
         "",
         "training step, authors' style: times as long",
