@@ -41,7 +41,7 @@ ablations: | .venv/run
 	$(RUN) results/ablations/draw.py out/ablations/metrics.json
 
 test: lint
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 lint: .venv/test
 	$(RUN) -m ruff check .

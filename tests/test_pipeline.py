@@ -29,7 +29,7 @@ def bench_file(tmp_path):
 
 
 def pipeline(run_script, seed_model, train, test, out) -> None:
-    short, few = ["--max-new-tokens", 12, "--batch-size", 4], ["--accumulation", 2, "--eval-size", 2]
+    short, few = ["--max-new-tokens", 12, "--batch-size", 4], ["--accumulation", 2, "--epochs", 1, "--eval-size", 1]
     run_script("stage1_train", "--model", seed_model, "--data", train, "--out", out / "stage1", *few)
     run_script("gen_cot", "--model", out / "stage1", "--data", train, "--out", out / "cots.jsonl", *short)
     options = ["--keep-unfinished", *few]
