@@ -154,7 +154,7 @@ SMALL = LlamaConfig(
 )
 def test_expected_memory_is_what_is_measured(lora, bf16, gradient_checkpointing):
     sizes = {"sequences": 4, "length": 128, "gradient_checkpointing": gradient_checkpointing}
-    assert 0.9 < memory.measure(SMALL, lora, bf16=bf16, **sizes)["expected_to_measured"] < 1.1
+    assert 0.96 < memory.measure(SMALL, lora, bf16=bf16, **sizes)["expected_to_measured"] < 1.04
 
 
 def test_expected_memory_counts_every_adapter(tmp_path, tiny_tokenizer):
