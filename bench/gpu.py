@@ -2,7 +2,7 @@
 
     python bench/gpu.py --parts train --out results/gpu/gpu.jsonl      # each part ends in under ten minutes on an H200
     python bench/gpu.py --plan                                         # the cases of train, what memory they need; runs none
-    python bench/gpu.py --rehearse                                     # all parts on small shapes, ten minutes on a CPU
+    python bench/gpu.py --rehearse                                     # all parts on small shapes, six minutes on a CPU
 
     train       steps on sequences of real lengths: LoRA and full, recomputed or kept, 1 to 8 at a time; the authors' style
                 of loss and Hugging Face's Trainer; peak memory against what stage 1 says it expects
@@ -136,18 +136,21 @@ def steps(model, case: Case, where: dict) -> dict:
     models.cast_by_autocast(model)
     if case.style == "compiled":
         models.compile_blocks(model)
-    way = {"trainer": train_step.with_trainer}.get(case.style)
-    way = way or partial(train_step.loop, backward=train_step.authors if case.style == "authors" else train_step.ours)
-    options, loss, found = argparse.Namespace(sequences=case.sequences), workload.loss_of(), []
-    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    if case.style == "trainer":
+        way = train_step.with_trainer
+    else:
+        way = partial(train_step.loop, backward=train_step.authors if case.style == "authors" else train_step.ours)
+    run = partial(
+        way, model, case.examples, case.plan, loss=workload.loss_of(), options=argparse.Namespace(sequences=case.sequences)
+    )
+    own, taken = sum(p.numel() * p.element_size() for p in model.parameters()), []
     try:
-        peak = own + machine.peak_of(
-            lambda: found.extend(way(model, case.examples, case.plan, loss=loss, options=options))  # losses, seconds
-        )
+        peak = own + machine.peak_of(lambda: taken.extend(run()))
     except (runs.Fault, torch.OutOfMemoryError):
         return {"left_out": "out of memory"}
     # Each step has its own lengths: work and time are summed over all but the first, which warms up
-    losses, second = found[0], sum(found[1][1:])
+    losses, times = taken
+    second = sum(times[1:])
     work, flops, hardware, tokens = machine.Work.of(model), 0.0, 0.0, 0
     for window in case.plan[1:]:
         lengths, supervised = [len(case.examples[i].ids) for i in window], sum(case.examples[i].supervised for i in window)
@@ -282,14 +285,15 @@ def embedded(args, shapes: dict, where: dict) -> Iterator[dict]:
     """Pearson's r of the main rows here: would as many new seeds of the committed runs lie as near, 95 times in 100?"""
     rows, seeds = (["a1", "tract"], 1) if args.rehearse else (["main"], 2)
     committed = json.loads((ROOT / "results/ablations/metrics.json").read_text("utf-8"))
-    key = lambda cell: (cell["row"], cell["test"], cell["reading"])  # noqa: E731
-    there = {key(cell): cell["pearson"] for cell in committed["cells"]}
+    names = ("row", "test", "reading")
+    there = {tuple(cell[name] for name in names): cell["pearson"] for cell in committed["cells"]}
     for cell in ablations(args, args.work / "embedded", rows, seeds, train=committed["settings"]["train"])["cells"]:
-        if before := there.get(key(cell)):
+        key = {name: cell[name] for name in names}
+        if before := there.get(tuple(key.values())):
             n = len(before["per_seed"])
             spread = float(scipy.stats.t.ppf(0.975, n - 1)) * before["sd"] * math.sqrt(1 / n + 1 / seeds)
             here = cell["pearson"]["mean"]
-            yield dict(zip(("row", "test", "reading"), key(cell), strict=True)) | {
+            yield key | {
                 "pearson": here, "committed": before["mean"], "spread": spread, "within": abs(here - before["mean"]) <= spread,
             }  # fmt: skip
 

@@ -6,9 +6,13 @@ python results/ablations/draw.py out/ablations/metrics.json --out out/ablations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from tables import table  # noqa: E402
+
 LINES = [  # label, row, reading, the paper's mean r for Mistral-7B (arXiv 2503.04381, table 1 and ablations)
     ("untrained seed, decoded", "seed", "decoded", None),
     ("CE without CoT, decoded", "ce-no-cot", "decoded", 0.488),
@@ -61,11 +65,6 @@ def interval(entry: dict) -> str:
 def name_of(row: str, reading: str) -> str:
     few = {"few-tract": "300 records: TRACT", "few-ce": "both stages CE, CoT-RAIL"}
     return few.get(row) or next(label for label, r, how, _ in LINES if (r, how) == (row, reading))
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    rows = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
 def tables(report: dict) -> str:

@@ -6,14 +6,12 @@ python results/gpu/draw.py rehearsal.jsonl --out tables.md
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-
-
-def table(head: list[str], rows: list[list]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from tables import table  # noqa: E402
 
 
 def percent(share: float | None) -> str:

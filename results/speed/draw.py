@@ -5,9 +5,13 @@ python results/speed/draw.py
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from tables import table  # noqa: E402
+
 WAYS = {
     "parts": "**this repository**",
     "rows": "all supervised rows at once",
@@ -29,11 +33,6 @@ JUDGES = {
 # numbers of a token's keys and values
 H200 = (790e12, 4.3e12)
 SIZES = {"Mistral-7B": (6.98e9, 0.131e9, 2 * 32 * 4096, 65536), "Llama-3.1-8B": (6.98e9, 0.525e9, 2 * 32 * 4096, 65536)}
-
-
-def table(head: list[str], rows: list[list]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
 def ratio(entry: dict) -> str:
