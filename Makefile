@@ -1,40 +1,65 @@
-# The JSONL files are a graph; this says which command makes which file.
+# The JSONL files are a graph; this says which command makes which file. What is there is not made again.
 #
 #   make demo            the whole method on the embedded task, files under out/demo (make demo OUT=... elsewhere)
+#   make sweep LAMBDAS="0.3 1 3"
+#                        both stages with each λ, judged on held-out prompts with CoTs of their own, under out/sweep
+#                        (MODEL=... TRAIN=... VALID=... for another model and data)
 #   make ablations       every method of the paper's table and its ablations, five seeds, files under out/ablations
 #                        (make ablations ROWS="tract a1" SEEDS="1 2")
 #   make test            the tests
-#   make clean           remove out/demo
+#   make clean           remove out/demo and out/sweep
 
 PYTHON ?= python3
-OUT    ?= out/demo
 RUN     = .venv/bin/python
 TINY    = data/tiny
+OUT    ?= out/demo
+SWEEP  ?= out/sweep
+
+MODEL   ?= $(TINY)/seed
+TRAIN   ?= $(TINY)/train.jsonl
+VALID   ?= $(TINY)/valid.jsonl
+LAMBDAS ?= 0.3 1 3
 
 ROWS    ?= main sweeps scale
 SEEDS   ?= 1 2 3 4 5
 
-.PHONY: demo ablations test lint clean
+ifneq ($(words $(OUT) $(SWEEP)),2)
+$(error OUT and SWEEP must not hold spaces)
+endif
+
+.PHONY: demo sweep ablations test lint clean
 .DELETE_ON_ERROR:
+.SECONDARY:
 
 demo: $(OUT)/predictions_p_s.jsonl $(OUT)/predictions.jsonl
-	$(RUN) eval.py $^ --out $(OUT)/eval --overwrite
-	$(RUN) eval.py --logs $(OUT)/stage1/log.jsonl $(OUT)/stage2/log.jsonl --out $(OUT)/eval
+	rm -rf $(OUT)/eval
+	$(RUN) eval.py $^ --out $(OUT)/eval
 
+# Behind a |, what is there need not be newer: a copied or touched file makes nothing anew
 $(OUT)/stage1/run.json: | .venv/run
-	$(RUN) stage1_train.py --model $(TINY)/seed --data $(TINY)/train.jsonl --out $(OUT)/stage1
+	$(RUN) stage1_train.py --model $(TINY)/seed --data $(TINY)/train.jsonl --valid $(TINY)/valid.jsonl --out $(OUT)/stage1
 
-$(OUT)/cots.jsonl: $(OUT)/stage1/run.json
+$(OUT)/cots.jsonl: | $(OUT)/stage1/run.json
 	$(RUN) gen_cot.py --model $(OUT)/stage1 --data $(TINY)/train.jsonl --out $@
 
-$(OUT)/stage2/run.json: $(OUT)/cots.jsonl
-	$(RUN) stage2_train.py --model $(TINY)/seed --data $< --out $(OUT)/stage2
+$(OUT)/stage2/run.json: | $(OUT)/cots.jsonl
+	$(RUN) stage2_train.py --model $(TINY)/seed --data $(OUT)/cots.jsonl --out $(OUT)/stage2
 
-$(OUT)/predictions_p_s.jsonl: $(OUT)/stage1/run.json
+$(OUT)/predictions_p_s.jsonl: | $(OUT)/stage1/run.json
 	$(RUN) predict.py --model $(OUT)/stage1 --data $(TINY)/test.jsonl --out $@
 
-$(OUT)/predictions.jsonl: $(OUT)/stage2/run.json
+$(OUT)/predictions.jsonl: | $(OUT)/stage2/run.json
 	$(RUN) predict.py --model $(OUT)/stage2 --data $(TINY)/test.jsonl --out $@
+
+sweep: $(LAMBDAS:%=$(SWEEP)/lambda-%.jsonl)
+	rm -rf $(SWEEP)/eval
+	$(RUN) eval.py $^ --out $(SWEEP)/eval
+
+$(SWEEP)/lambda-%.jsonl: | .venv/run
+	test -e $(SWEEP)/stage1-$* || $(RUN) stage1_train.py --model $(MODEL) --data $(TRAIN) --lambda $* --out $(SWEEP)/stage1-$*
+	test -e $(SWEEP)/cots-$*.jsonl || $(RUN) gen_cot.py --model $(SWEEP)/stage1-$* --data $(TRAIN) --out $(SWEEP)/cots-$*.jsonl
+	test -e $(SWEEP)/stage2-$* || $(RUN) stage2_train.py --model $(MODEL) --data $(SWEEP)/cots-$*.jsonl --lambda $* --out $(SWEEP)/stage2-$*
+	$(RUN) predict.py --model $(SWEEP)/stage2-$* --data $(VALID) --out $@
 
 ablations: | .venv/run
 	$(RUN) bench/ablations.py --rows $(ROWS) --seeds $(SEEDS)
@@ -48,7 +73,7 @@ lint: .venv/test
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf out/demo
+	rm -rf out/demo out/sweep
 
 # Bytecode is compiled when a module is first imported: packages this large take a minute to compile whole
 .venv/run: requirements.txt

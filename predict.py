@@ -1,52 +1,74 @@
-"""CoT-RAIL: sample a CoT, then output the expected score Σ_v p(v | prompt, CoT) · v instead of the decoded one.
+"""CoT-RAIL: sample a CoT, then output the expected score Σ_v p(v | prompt, CoT) · v, not the decoded one.
 
     python predict.py --model out/run/stage2 --data test.jsonl --out out/run/predictions.jsonl
 
-Works with any checkpoint or hub model, the untrained seed included; records need no score. With --num-cots N the prediction
-is the mean over N CoTs. With --no-cot the score follows the prompt: plain RAIL. With --given the CoTs are those of the
-records: annotated ones, or what another model wrote.
+Works with any checkpoint or hub model, the untrained seed included; records need no score. --num-cots N takes
+the mean over N CoTs, --no-cot reads the score after the prompt (plain RAIL), --given takes the records' CoTs.
 """
 
+import torch
+from transformers import DynamicCache
+
+import gen_cot
 import runs
-from gen_cot import Judgement, Sampling, judge_file, make_parser
-from records import Grid, predicted, significant
+from encode import prefix_ids, prompt_ids
+from gen_cot import READ, Cot, Judge, left_pad
+from loss import Rail, rail
+from models import decode, head
+from records import predicted, significant
 
 
-def predictions(judgement: Judgement, grid: Grid, *, renormalise: bool) -> dict:
-    """The fields that a judgement adds to its record; see records.py for what each means."""
-    score_probs = [[significant(p) for p in score.probs] for score in judgement.scores]
-    prediction, decoded = predicted(score_probs, grid, renormalise=renormalise)
-    return {
-        "cots": judgement.cots,
-        "finished": judgement.finished,
-        "score_probs": score_probs,
-        "off_grid": [significant(score.off_grid) for score in judgement.scores],
-        "prediction": prediction,
-        "decoded": decoded,
-    }
+@torch.inference_mode()
+def score(judge: Judge, texts: list[list[int]]) -> list[Rail]:
+    """Read the score distribution after each text (prompt, CoT and suffix as ids) by a forward pass."""
+    found = []
+    while len(found) < len(texts):
+        some = texts[len(found) :][: max(1, READ // max(map(len, texts)))]
+        last = decode(judge.model, DynamicCache(), *left_pad(some))[:, -1]  # (B, D)
+        scores = rail(head(judge.model, last), **judge.scores)
+        found += [Rail(*(x[i].tolist() for x in scores)) for i in range(len(some))]
+    return found
 
 
 def main() -> None:
-    parser = make_parser(__doc__, model="out/stage2", data=str(runs.ROOT / "data/tiny/test.jsonl"), out="out/predictions.jsonl")
-    group = parser.add_argument_group("prediction")
-    without = group.add_mutually_exclusive_group()
-    without.add_argument("--no-cot", action="store_true", help="write no CoT: plain RAIL")
-    without.add_argument("--given", choices=("cot", "cots"), help="score the CoTs in this field, write none")
-    group.add_argument(
-        "--renormalise",
-        action="store_true",
-        help="divide the expected score by the mass on the grid; the paper does not",
+    parser = gen_cot.make_parser(__doc__, "out/stage2", "test.jsonl", "out/predictions.jsonl")
+    add = parser.how_many.add_argument
+    add("--no-cot", action="store_true", help="write no CoT: plain RAIL")
+    add("--given", choices=("cot", "cots"), help="score the CoTs in this field, write none")
+    parser.add_argument(
+        "--renormalise", action="store_true", help="divide by the mass on the grid (RAIL does not)"
     )
-    args = vars(parser.parse_args())
-    sampling = Sampling(**{name: args.pop(name) for name in Sampling._fields})
-    if args.pop("no_cot"):
-        sampling = Sampling(max_new_tokens=0)
-    renormalise, given = args["renormalise"], args["given"]
-    need = {None: (), "cot": ("cot",), "cots": ("cots", "finished")}[given]
-    judge_file(
-        **args, sampling=sampling, need=("id", "prompt", *need), with_scores=True,
-        fields=lambda judgement, grid: predictions(judgement, grid, renormalise=renormalise),
-    )  # fmt: skip
+    args = parser.parse_args()
+    args.grid = runs.choose_grid(args)
+
+    def given(record: dict) -> list[tuple[str, bool]]:
+        if args.given == "cots":
+            return list(zip(record["cots"], record["finished"], strict=True))
+        return [(record["cot"], True)] if args.given else [("", True)] if args.no_cot else []
+
+    def texts_of(judge: Judge, record: dict) -> list[list[int]]:
+        prompt = prompt_ids(judge.tokenizer, record["prompt"])
+        return [prefix_ids(judge.tokenizer, prompt, cot, args.grid) for cot, _ in given(record)] or [prompt]
+
+    def answer(judge: Judge, records: list[dict], texts: list[list[list[int]]], at_once: int) -> list[dict]:
+        if args.no_cot or args.given:
+            pairs = [zip(given(r), own, strict=True) for r, own in zip(records, texts, strict=True)]
+            judged = [[Cot(*cot, ids, None) for cot, ids in own] for own in pairs]
+        else:
+            judged = gen_cot.write_cots(judge, records, [prompt for (prompt,) in texts], args, at_once)
+        fresh = iter(score(judge, [cot.ids for cots in judged for cot in cots if cot.scores is None]))
+        judged = [[cot._replace(scores=cot.scores or next(fresh)) for cot in cots] for cots in judged]
+        return [fields_of(cots) for cots in judged]
+
+    def fields_of(cots: list[Cot]) -> dict:
+        score_probs = [[significant(p) for p in cot.scores.probs] for cot in cots]
+        prediction, decoded = predicted(score_probs, args.grid, args.renormalise)
+        fields = {"cots": [cot.text for cot in cots], "finished": [cot.finished for cot in cots]}
+        fields |= {"score_probs": score_probs, "off_grid": [significant(cot.scores.off_grid) for cot in cots]}
+        return fields | {"prediction": prediction, "decoded": decoded}
+
+    need = {None: (), "cot": ("cot",), "cots": ("cots", "finished")}[args.given]
+    gen_cot.process_file(args, ("id", "prompt", *need), texts_of, answer)
 
 
 if __name__ == "__main__":

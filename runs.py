@@ -1,178 +1,177 @@
-"""What a run leaves behind, and how it ends: files that are whole or not there, errors in one line. No torch here."""
+"""What a run leaves behind, and how it ends: whole files, run.json, common options. Skip this file at first.
+
+Work under way lives in the folder OUT.part and gets its name when it is whole.
+"""
 
 import argparse
 import fcntl
 import hashlib
 import json
-import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-ROOT = Path(__file__).resolve().parent
+from tqdm import tqdm
 
+from records import ROOT, Grid, InputError
 
-class InputError(Exception):
-    """Something the caller can mend; its text says what is wrong, where, and what to do."""
+GO_ON = "what was finished is kept; mend it (is the disk full?) and give the same command to go on"
+PASSING = {"lock", "settings.json", "settings.json.tmp", "state.pt"}  # what OUT.part has and OUT has not
 
 
 class Fault(Exception):
-    """Something that went wrong while running; its text says what is kept and how to go on."""
-
-
-GO_ON = "what was finished is kept: mend it (is the disk full?) and give the same command to go on"
+    """A fault of the machine or of the training; its text says what is kept and how to go on."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`. What the caller can mend ends in one line on stderr and exit code 2, a fault of the machine
-    (a full disk, a loss that is not finite) in exit code 1, an interruption in 130; none with a traceback."""
+    """Run a script's `main`; its errors end in one line on stderr and exit code 2, if stopped 130, else 1."""
     try:
         main()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
-    except Fault as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(1) from None
-    except OSError as error:
-        print(
-            f"{error.filename or 'output'}: {error.strerror}; what was finished is kept, the same command goes on",
-            file=sys.stderr,
-        )
-        raise SystemExit(1) from None
-    except KeyboardInterrupt as error:
-        print(error.args[0] if error.args else "interrupted; the same command goes on", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-# ------------------------------------------------------------------------------------------------- files of a run
-
-
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    except (InputError, Fault, OSError, KeyboardInterrupt) as error:
+        kept = f"; {GO_ON}" if isinstance(error, OSError) else ""
+        print(f"{str(error) or 'interrupted; the same command goes on'}{kept}", file=sys.stderr)
+        raise SystemExit({InputError: 2, KeyboardInterrupt: 130}.get(type(error), 1)) from None
 
 
 def to_line(record: dict) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def write_whole(path: str | Path, content: str | Iterable[bytes]) -> None:
-    """Write beside `path`, flush to disk and rename: `path` is either whole or as it was before. Raises Fault."""
+def sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def write_whole(path: str | Path, content: str | Callable[[IO], None]) -> None:
+    """Write a text, or what a function writes, beside `path`, flush to disk and rename. Raises Fault."""
     beside = Path(f"{path}.tmp")
     try:
         with open(beside, "wb") as out:
-            out.writelines([content.encode()] if isinstance(content, str) else content)
+            content(out) if callable(content) else out.write(content.encode())
             out.flush()
             os.fsync(out.fileno())
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         beside.unlink(missing_ok=True)
-        raise Fault(f"{path}: {error.strerror}; {GO_ON}") from None
+        raise Fault(f"{path}: can't be written ({str(error).splitlines()[0][:120]}); {GO_ON}") from None
     beside.replace(path)
 
 
-def write_run(path: Path, *, arguments: dict, inputs: Iterable[str], started: float, **facts: Any) -> None:
-    """Write the record of a finished run: what was asked, on what, with which versions, and what came out."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    packages = ("torch", "transformers", "tokenizers", "numpy", "scipy")
-    run = {
-        "script": Path(sys.argv[0]).name,
-        "arguments": arguments,
-        "inputs": {str(path): sha256(path) for path in inputs},
-        "git_commit": commit.stdout.strip() or None,
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
-        "wall_seconds": round(time.time() - started, 1),
-        **facts,
-    }
-    write_whole(path, json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def model_settings(model: str) -> dict:
-    """What tells one model from another of the same name: of a checkpoint of ours its run.json, else the sizes of its files."""
-    run = Path(model) / "run.json"
-    sizes = {path.name: path.stat().st_size for path in sorted(Path(model).glob("*.safetensors"))}
-    return {"model": model, "model_is": sha256(run) if run.is_file() else sizes}
-
-
-def read_run(model: str) -> dict:
-    """The run.json inside a checkpoint folder of ours; {} for any other model."""
-    path = Path(model) / "run.json"
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-
-
-def lock(path: Path) -> IO:
-    """Hold `path` for this process, as long as the file returned is open; a second process is refused."""
-    file = open(path, "a+b")
+def read_json(path: Path) -> dict:
+    """Read a file that a run left; {} where there is none. Raises InputError where it is broken."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError:
+        raise InputError(f"{path}: is broken; remove what it belongs to and make that anew") from None
+
+
+def write_run(path: Path, args: argparse.Namespace, settings: dict, started: float, **facts) -> None:
+    """Write run.json: what was asked, on which files, with which versions, and what came out (`facts`)."""
+    git = None
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    run = {"script": Path(sys.argv[0]).name, "git_commit": (git or "").strip() or None}
+    run |= {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "peft")}
+    run |= {"python": platform.python_version(), "wall_seconds": round(time.time() - started, 1)}
+    run |= {"arguments": vars(args) | {"grid": str(args.grid), "suffix": args.grid.suffix}}
+    run |= {"inputs": {name: settings[name] for name in ("model", "data", "valid") if settings.get(name)}}
+    write_whole(path, json.dumps(run | facts, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """Return all that decides a run's result: options, and files by their content, not by their names."""
+    free = ("out", "dry_run", "save_every")
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    settings |= {"grid": str(args.grid), "suffix": args.grid.suffix}
+    settings |= {name: sha256(settings[name]) for name in ("data", "valid") if settings.get(name)}
+    if (folder := Path(args.model)).is_dir():
+        files = {path.name: sha256(path) for path in folder.glob("*.json")}
+        settings["model"] = files | {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def begin(args: argparse.Namespace) -> tuple[Path, dict, IO]:
+    """Make OUT.part, or go on with it if it holds this very run; returns it, its settings and its lock."""
+    part, settings = Path(f"{args.out}.part"), settings_of(args)
+    begun, lock = part / "settings.json", part / "lock"
+    names = {path.name for path in part.glob("*")}  # none where there is no folder
+    if part.is_file() or (names - PASSING and not begun.is_file()):
+        raise InputError(f"{part}: is there already and no run made it; choose another --out")
+    part.mkdir(parents=True, exist_ok=True)
+    held = open(lock, "ab")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"{path}: another process is writing this output; wait for it, or choose another --out") from None
-    return file
+        raise InputError(f"{lock}: another process is writing this output; wait, or choose another") from None
+    check_out(args)  # again, for another process may have finished it
+    before = read_json(begun) or settings
+    for key in before | settings:
+        if (was := before.get(key)) != (now := settings.get(key)):
+            raise InputError(
+                f"{part}: begun with other settings ({key} was {was}, is {now}); remove it first"
+            )
+    write_whole(begun, json.dumps(settings))
+    return part, settings, held
 
 
-def same_settings(path: Path, before: dict, now: dict) -> None:
-    """Refuse to go on at `path` with other settings than it was begun with, and name what differs."""
-    changed = [key for key in before | now if before.get(key) != now.get(key)]
-    if changed:
-        was = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed)
-        raise InputError(f"{path}: begun with other settings ({was}); give those again, or --overwrite to start anew")
-
-
-def choose_out(out: Path, overwrite: bool) -> None:
-    """Refuse to write over what another run finished, and in any case over what is no run of ours."""
-    if out.is_dir() and any(out.iterdir()) and not (out / "run.json").is_file():
-        raise InputError(f"{out}: a folder that holds something else; choose another --out")
-    if (out.is_file() or (out / "run.json").is_file()) and not overwrite:
-        raise InputError(f"{out}: already holds a finished run; choose another --out, or --overwrite to replace it")
-
-
-# ---------------------------------------------------------------------------------------- the same words everywhere
+def check_out(args: argparse.Namespace) -> None:
+    """Refuse an --out that is there already: nothing is ever written over. Raises InputError."""
+    if os.path.lexists(args.out) and not getattr(args, "dry_run", False):
+        raise InputError(f"{args.out}: is there already; choose another --out, or remove it")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring of the script as it stands, and every default."""
+    """Show the docstring of the script as it stands, and every default."""
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a number of this kind from `low` to `high`, both included."""
+def number(kind: type, low: float, high: float = 1e300) -> Callable[[str], float]:
+    """Make an argparse type: a number of this kind from `low` to `high`, both included."""
 
     def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:
+        if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
-        return value
+        return kind(text)
 
     parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
     return parse
 
 
-COUNT = number(int, 1)
-SHARE = number(float, 0, 1)
-WEIGHT = number(float, 0)
+COUNT, SEED = number(int, 1), number(int, 0, 2**32 - 1)
+WEIGHT, SHARE = number(float, 0), number(float, 0, 1)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that mean the same in every script that runs a model."""
-    group = parser.add_argument_group("common")
-    group.add_argument(
-        "--grid",
-        help="scores as tokens, 1,2,3,4,5, or token=value pairs, 1=0,3=50,5=100; None: the checkpoint's, else 1,2,3,4,5",
-    )
-    group.add_argument("--suffix", help="words between CoT and score; None: the checkpoint's, else 'So the overall score is'")
-    group.add_argument(
-        "--max-length", type=COUNT, default=3000, help="tokens; longer records are left out and counted, never cut"
-    )
-    group.add_argument("--seed", type=int, default=0, help="random seed")
-    group.add_argument("--overwrite", action="store_true", help="replace what an earlier run left at --out")
+    """Add the options that mean the same in every script that runs a model."""
+    add = parser.add_argument_group("common").add_argument
+    add("--grid", help="1,2,3,4,5 or token=value pairs, 1=0,3=50,5=100; None: the checkpoint's, else 1 to 5")
+    add("--suffix", help="words between CoT and score; None: the checkpoint's or 'So the overall score is'")
+    add("--max-length", type=COUNT, default=3000, help="tokens; longer records are left out, and counted")
+    add("--seed", type=SEED, default=0, help="random seed")
+
+
+def choose_grid(args: argparse.Namespace) -> Grid:
+    """Return the grid asked for, else the checkpoint's or the default. Raises InputError."""
+    made = read_json(Path(args.model) / "run.json").get("arguments")
+    default = Grid.parse(made["grid"], made["suffix"]) if made else Grid()
+    grid = Grid.parse(args.grid or str(default), default.suffix if args.suffix is None else args.suffix)
+    if made and grid != default:
+        was = f"{args.model} was trained on {default} after '{default.suffix.strip()}'"
+        raise InputError(f"--grid or --suffix: {was}; leave both away")
+    return grid
+
+
+def progress(total: int, done: int, label: str, unit: str) -> tqdm:
+    """Open a progress bar with rate and time left; into a log it writes every ten seconds."""
+    seconds = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(total=total, initial=done, desc=label, unit=unit, mininterval=seconds, dynamic_ncols=True)
 
 
 def report(ids: Iterable[str], what: str) -> None:
-    """Say at the end of a run how many records something befell, and which (the first few)."""
-    if ids := list(ids):
+    """Print the number of affected records and the first five ids."""
+    if ids := sorted(ids):
         print(f"{len(ids)} records {what}: {', '.join(ids[:5])}{', …' if len(ids) > 5 else ''}")

@@ -1,0 +1,123 @@
+"""From a record to token ids: chat template, score tokens, and which positions carry loss. No torch here.
+
+    prompt ids | CoT ids, suffix ids | score id | end of sequence
+    no loss    | cross-entropy       | both     | cross-entropy
+
+Training, generation and scoring all encode through this file, so a CoT is read exactly as it was trained on.
+"""
+
+from array import array
+from typing import NamedTuple
+
+from records import Grid, InputError
+
+PLACEHOLDER = "§PROMPT§"  # stands for the prompt where a chat template is rendered around it
+# Some templates write today's date, which would change every prompt between training and prediction
+DATE = "26 Jul 2024"
+SAME_DATE = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro %}\n"
+
+
+def template_halves(tokenizer) -> tuple[str, str]:
+    """Return what the chat template puts before and after a prompt, up to the answer. Raises InputError."""
+    if not tokenizer.chat_template:
+        return "", "\n"  # a base model
+    messages = [{"role": "user", "content": PLACEHOLDER}]
+    try:
+        template = SAME_DATE + tokenizer.get_chat_template()
+        options = {"tokenize": False, "add_generation_prompt": True, "date_string": DATE}
+        text = tokenizer.apply_chat_template(messages, chat_template=template, **options)
+    except Exception as error:  # a template can raise anything
+        raise InputError(f"{tokenizer.name_or_path}: its chat template fails ({error}); mend it") from None
+    if text.count(PLACEHOLDER) != 1:
+        raise InputError(f"{tokenizer.name_or_path}: its chat template does not hold the prompt once")
+    before, after = text.split(PLACEHOLDER)
+    return before, after
+
+
+def control_tokens(tokenizer) -> dict[int, str]:
+    """Return the tokens that only a chat template may write, such as </s> and <|eot_id|>, by id."""
+    special = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Tokenise somebody's text, in which "</s>" or "<|eot_id|>" is text: it can't become a control token."""
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    control = control_tokens(tokenizer)  # a word-level vocabulary still finds them, as words it knows
+    return [tokenizer.unk_token_id if id in control else id for id in ids]
+
+
+def prompt_ids(tokenizer, prompt: str) -> list[int]:
+    """Tokenise a prompt in its chat template, ready for the answer, with one BOS where the model has one."""
+    before, after = template_halves(tokenizer)
+    prompt = prompt.strip()  # as most templates do by themselves
+    if any(token in prompt for token in control_tokens(tokenizer).values()):
+        # Tokenise the template's halves apart from the prompt: only they may hold control tokens
+        ids = tokenizer(before, add_special_tokens=False).input_ids + text_ids(tokenizer, prompt)
+        ids += tokenizer(after, add_special_tokens=False).input_ids
+    else:
+        ids = tokenizer(before + prompt + after, add_special_tokens=False).input_ids
+    bos = tokenizer.bos_token_id
+    # Some templates write BOS themselves, some leave it to the tokenizer, and a few models (Qwen) use none
+    if bos is not None and ids[:1] != [bos] and tokenizer("a").input_ids[:1] == [bos]:
+        ids = [bos, *ids]
+    return ids
+
+
+def target_ids(tokenizer, cot: str, score_token: str, suffix: str) -> list[int]:
+    """Tokenise CoT, suffix and score (the last token) as one text, without end of sequence.
+
+    Apart from the prompt: no token straddles the border, and its ids are the same in training and generation.
+    """
+    return text_ids(tokenizer, (cot.strip() + suffix + score_token).lstrip())
+
+
+def prefix_ids(tokenizer, prompt: list[int], cot: str, grid: Grid) -> list[int]:
+    """Return the ids up to the position that predicts the score: prompt, CoT ("" for none) and suffix."""
+    return prompt + target_ids(tokenizer, cot, grid.tokens[0], grid.suffix)[:-1]
+
+
+def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
+    """Derive in context what the suffix becomes after a CoT, up to the score, and the token id of each score.
+
+    So it holds where the space melts into the digit (GPT-2: " 4") as well as where it is a token of its own
+    (Mistral, Llama-3). Raises InputError where two scores do not differ in exactly their last token.
+    """
+    name, cot = tokenizer.name_or_path or "tokenizer", "The answer is good."
+    targets = [target_ids(tokenizer, cot, token, grid.suffix) for token in grid.tokens]
+    prefix, score_ids = targets[0][:-1], [ids[-1] for ids in targets]
+    for i, (token, ids) in enumerate(zip(grid.tokens, targets, strict=True)):
+        if ids[:-1] != prefix or ids[-1] in (*score_ids[:i], tokenizer.unk_token_id):
+            what = f"{name}: scores {grid.tokens[0]!r} and {token!r} do not differ in exactly one token"
+            raise InputError(f"{what} ({targets[0][-3:]}, {ids[-3:]}); take others, as in --grid 1=0,5=100")
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{name}: has no end-of-sequence token; add one to its tokenizer_config.json")
+    same = [a == b for a, b in zip(text_ids(tokenizer, cot), prefix, strict=False)]
+    return prefix[[*same, False].index(False) :], score_ids
+
+
+class Example(NamedTuple):  # one training sequence
+    id: str
+    ids: array  # int32
+    start: int  # the tokens from here on carry loss, those before are the prompt
+    score_position: int  # index of the score token in `ids`; the logits one before it predict the score
+    score: float  # the real-valued target of the squared error
+
+    @property
+    def supervised(self) -> int:
+        return len(self.ids) - self.start
+
+
+def encode(tokenizer, record: dict, grid: Grid, score_ids: list[int], no_cot: bool = False) -> Example:
+    """Encode a record with `prompt`, `cot` and `score` as a training sequence. Raises InputError.
+
+    Without CoT the suffix is always given, never predicted: only score and end of sequence carry loss.
+    """
+    prompt, point = prompt_ids(tokenizer, record["prompt"]), grid.nearest(record["score"])
+    target = target_ids(tokenizer, "" if no_cot else record["cot"], grid.tokens[point], grid.suffix)
+    if target[-1] != score_ids[point]:
+        raise InputError(f"record {record['id']!r}: its score became token {target[-1]}; change its cot")
+    ids = array("i", prompt + target + [tokenizer.eos_token_id])
+    score_position = len(ids) - 2
+    start = score_position if no_cot else len(prompt)
+    return Example(record["id"], ids, start, score_position, float(record["score"]))
