@@ -1,88 +1,120 @@
-"""The benches: what they compare does the same work, and their arithmetic is that of torch's own counter."""
+"""The benches: the commands behind the ablations, what is made of predictions, whether estimates hold."""
 
 import argparse
-import itertools
 import json
-import subprocess
-import sys
+import random
 
-import gpu
-import machine
+import ablations
+import faults
+import memory
+import numpy as np
 import pytest
-import torch
-import workload
 from conftest import ROOT
-from torch.utils.flop_counter import FlopCounterMode
+from transformers import MistralConfig
+
+from data.tiny import ideal, prepare
+from eval import METRICS
+
+RESULTS = ROOT / "results/ablations"
+SETTINGS = json.loads((RESULTS / "settings.json").read_text("utf-8"))
 
 
-def last_line(capsys) -> dict:
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+def commands_of(*rows: str) -> dict[str, str]:
+    return ablations.commands_of("out", 1, rows, SETTINGS, "test", 5)
 
 
-def test_flops_are_those_that_torch_counts():
-    """Torch counts the whole square of plain attention, of which half is causal, and no recomputation in its backward pass."""
-    model, length = workload.random_model(workload.shape(1000, layers=2, hidden=128), torch.float32), 96
-    model.set_attn_implementation("eager")
-    work, ids = machine.Work.of(model), torch.ones(1, length, dtype=torch.long)
-    square = work.attention * length**2
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(ids, logits_to_keep=1)
-    assert work.prefill([length]) + square == pytest.approx(counter.get_total_flops(), rel=0.01)
-    with FlopCounterMode(display=False) as counter:
-        model(ids).logits.sum().backward()
-    trained, recomputed = work.training([length], length, lora=False, recomputed=True)
-    assert trained + (6 - 3.5) * square == pytest.approx(counter.get_total_flops(), rel=0.02)
-    assert recomputed - trained == pytest.approx(work.prefill([length]) - 2 * work.head)
+def test_every_command_is_understood_and_reads_what_an_earlier_one_made(monkeypatch, run_script):
+    commands, made, understand = commands_of(*ablations.ROWS), set(), argparse.ArgumentParser.parse_args
+
+    def parse(*args):
+        raise LookupError(understand(*args))  # which no script catches
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    for out, command in commands.items():
+        assert {word for word in command.split()[:-1] if word.startswith("out/")} <= made, command
+        made.add(out)
+    for script, *words in [*(c.split()[1:] for c in commands.values()), *faults.STAGES.values()]:
+        with pytest.raises(LookupError):
+            run_script(script.removesuffix(".py").replace("/", "."), *words)
+    assert "--epochs 4 --model data/tiny/seed --data out/a1.cots.jsonl --seed 1" in commands["out/tract"]
+    assert "--model out/a1 --data out/a1.cots.jsonl --continue-from-stage1 --seed 1" in commands["out/a4"]
+    scripts = [command.split()[1] for command in commands_of("raft").values()]
+    assert scripts == ["data/tiny/prepare.py", "stage1_train.py", "predict.py", "predict.py"]
 
 
-def test_every_way_to_train_gives_the_same_losses_and_gradients(tiny_records, write_jsonl, run_script, capsys):
-    """The bench itself asserts it, of each way; here on sequences of unequal length."""
-    rows = [row | {"prompt": " ".join(row["prompt"].split()[: 20 + 2 * i])} for i, row in enumerate(tiny_records[:12])]
-    sizes = ["--model", "data/tiny/seed", "--data", write_jsonl("a.jsonl", rows), "--sequences", 6, "--rounds", 1]
-    run_script("train_step", *sizes, "--ways", "parts,rows,kept,packed,authors,trainer")
-    found = last_line(capsys)
-    assert set(found["ways"]) == {"parts", "rows", "kept", "packed", "authors", "trainer"}
-    assert found["padding"] > 0 and 0 < found["ways"]["authors"]["gradients_off"] < 1e-4
-
-
-def test_logits_of_all_positions_take_more_memory(run_script, capsys):
-    sizes = ["--vocabulary", 8000, "--layers", 1, "--hidden", 64, "--length", 64, "--examples", 8, "--rounds", 1]
-    run_script("train_step", *sizes, "--ways", "parts,authors")
-    ways = last_line(capsys)["ways"]
-    assert ways["authors"]["extra_bytes"] > 3 * ways["parts"]["extra_bytes"]
-
-
-@pytest.mark.parametrize("num_cots", [1, 2])
-def test_every_way_to_judge_finds_the_same_scores(run_script, capsys, num_cots):
-    sizes = ["--vocabulary", 500, "--layers", 2, "--hidden", 64, "--records", 5, "--prompt", 40, "--cot", 12, "--rounds", 1]
-    run_script("judge", *sizes, "--num-cots", num_cots, "--batch-size", 3)
-    found = last_line(capsys)
-    assert 0 < found["scores_off"]["authors"] < 1e-4 and found["scores_spread"] > 0.1
-    assert set(found["ratio_to_ours"]) == {"ours", "authors", "no-refill", "copying", "sorting"}
-    assert 0.5 < sum(found["where"].values()) <= 1
-
-
-def test_the_gpu_bench_runs_and_all_its_parts_are_drawn(run_script, monkeypatch, capsys, tmp_path):
-    """One part of the rehearsal, which needs no GPU; then the tables of the whole committed one."""
+def test_commands_run_once_and_a_failure_is_named(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
-    run_script("gpu", "--rehearse", "--parts", "precision", "--out", tmp_path / "gpu.jsonl")
-    line = last_line(capsys)
-    assert line == json.loads((tmp_path / "gpu.jsonl").read_text()) and line["rehearsal"] and not line["cut_off"]
-    *spread, moved = line["cases"]
-    assert [case["shape"] for case in spread] == ["mistral-7b", "llama-3.1-8b"]
-    assert moved["moved_at_1e-5"]["fp32"] > 0.99 > 0.9 > moved["moved_at_1e-5"]["seen in bf16"]
+    good, bad = f"{tmp_path}/d/train.jsonl", f"{tmp_path}/e"
+    commands = {good: f"python data/tiny/prepare.py --splits train --size 3 --out {tmp_path}/d"}
+    commands |= {bad: f"python eval.py {good} --out {bad}"}  # there are no predictions in it
+    for made in ([good, bad], [bad]):  # given again, only what is not there is made
+        with pytest.raises(ablations.runs.Fault):
+            ablations.run_all(commands, jobs=2)
+        assert [line for line in capfd.readouterr().out.splitlines() if line.startswith("/")] == made
+        log = (tmp_path / "e.log").read_text().splitlines()
+        assert log[0] == commands[bad] and "field 'prediction' is missing" in log[1]
+    with pytest.raises(ablations.InputError, match=f"{good}: was not made by"):
+        ablations.run_all({good: f"{commands[good]} --seed 2"}, jobs=1)
 
-    draw = [sys.executable, ROOT / "results/gpu/draw.py", ROOT / "results/gpu/rehearsal.jsonl", "--out", tmp_path / "tables.md"]
-    subprocess.run(draw, check=True)
-    drawn = (tmp_path / "tables.md").read_text("utf-8")
-    assert [part.split(":")[0] for part in drawn.split("\n## ")[1:]] == list(gpu.PARTS)
+
+def test_rows_are_summed_up(tmp_path, write_jsonl):
+    true, three = [1, 2, 3, 4, 5, 3], [3] * 6
+    certain = {"1/few-tract": true, "2/few-tract": [2, 3, 4, 5, 5, 4], "1/few-ce": three, "2/few-ce": three}
+    for name, scores in certain.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.valid.run.json").write_text('{"arguments": {"grid": "1,2,3,4,5"}}')
+        rows = [{"prompt": "x", "score": y, "finished": [True] * 2} for y in true]
+        for row, score in zip(rows, scores, strict=True):
+            row["score_probs"] = [[float(score == value) for value in range(1, 6)]] * 2
+        write_jsonl(f"{name}.valid.jsonl", rows)
+    arguments = [str(tmp_path / "1"), str(tmp_path / "2")], ["few-tract", "few-ce"], "valid", 50
+    report = ablations.summarise(*arguments)
+    tract, ce = (c for c in report["cells"] if c["reading"] == "rail")
+    assert tract["rmse"]["per_seed"] == pytest.approx([0, (5 / 6) ** 0.5]) and "difference" not in tract
+    assert tract["pearson"]["per_seed"][0] == pytest.approx(1) and ce["pearson"]["mean"] == 0
+    difference, claim = ce["difference"]["rmse"], report["claims"][0]["difference"]["rmse"]
+    assert difference["value"] == pytest.approx((10 / 6) ** 0.5 - (5 / 6) ** 0.5 / 2)
+    assert difference["low"] < difference["value"] < difference["high"] == pytest.approx(-claim["low"])
+    assert report["variance"]["few-ce"] == {"within": [0, 0], "between": [0, 0]}
+    write_jsonl("2/few-ce.valid.jsonl", rows[1:])
+    with pytest.raises(ablations.InputError, match="few-ce: not tested on the records that others were"):
+        ablations.summarise(*arguments)
 
 
-def test_the_largest_batch_comes_when_the_optimiser_holds_its_state():
-    """Only then is the peak of the steps what stage 1 expects."""
-    options = argparse.Namespace(steps=4, scale=0.05, plan=False)
-    shapes = {name: workload.shape(500, layers=1, hidden=64) for name in workload.REAL}
-    for case in itertools.islice(gpu.training_cases(options, shapes), 4):
-        longest = [max(len(case.examples[i].ids) for i in window) for window in case.plan]
-        assert len(longest) == 4 and longest[-1] == max(longest) == case.facts()["longest"]
-        assert sorted(i for window in case.plan for i in window) == list(range(4 * case.sequences))
+def test_bootstrap_resamples_seeds_and_records():
+    true, noise = np.random.default_rng(0).normal(size=(2, 400))
+    column = np.stack([noise, np.full(400, 0.1)])  # r of a constant is undefined, and counts as 0
+    r, rmse = ablations.r_and_rmse(column, true)
+    assert [*r] == pytest.approx([METRICS["pearson"](noise, true), 0])
+    assert [*rmse] == pytest.approx([METRICS["rmse"](p, true) for p in column])
+    samples = ablations.bootstrap(true + np.array([[1.0], [3.0]]), true, 400)["rmse"]  # 1 and 3 in the seeds
+    assert samples[0] == pytest.approx(2) and np.mean(samples < 1.5) == pytest.approx(0.25, abs=0.08)
+    samples = ablations.bootstrap(true + noise[None], true, 400)["rmse"]
+    assert samples[1:].std() == pytest.approx(1 / 800**0.5, rel=0.2)
+
+
+def test_ideal_judges_know_how_the_task_is_drawn():
+    draws = [prepare.sample(random.Random(f"ideal/{i}")) | {"id": str(i)} for i in range(3000)]
+    ratings, two_stage = np.array([(draw["rating"], ideal.predict(draw)["two-stage"]) for draw in draws]).T
+    for value in np.unique(two_stage):
+        same = two_stage == value
+        assert ratings[same].mean() == pytest.approx(value, abs=4 / same.sum() ** 0.5)
+
+
+def test_committed_tables_come_from_the_committed_numbers(tmp_path, run_script):
+    run_script("results.ablations.draw", "--out", tmp_path)
+    assert (tmp_path / "tables.md").read_bytes() == (RESULTS / "tables.md").read_bytes()
+    report = json.loads((RESULTS / "metrics.json").read_text("utf-8"))
+    assert report["settings"] == SETTINGS
+    for name, metrics in ideal.metrics(ROOT / "data/tiny/test.jsonl").items():
+        assert metrics == pytest.approx(report["ideal"]["test"][name])
+
+
+def test_estimated_memory_is_what_is_measured(run_script, capsys):
+    small = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = MistralConfig(vocab_size=8000, num_key_value_heads=1, **small)
+    for case in ((None, False, True), (None, True, False), (8, True, True), (8, False, False)):
+        case = (config, case[0], (2, 256, 64), *case[1:])
+        assert sum(memory.estimate(*case).values()) == pytest.approx(memory.measure(*case), rel=0.04), case
+    run_script("memory", "--model", "llama-3.1-8b", "--full", "--batch-size", 4, "--length", 2000)
+    assert "125.37 GiB" in (said := capsys.readouterr().out) and "fits a GPU of 141 GiB" in said

@@ -12,121 +12,78 @@ import eval
 from records import Grid
 
 
-def predictions(n: int, noise: float, seed: int) -> list[dict]:
-    random, rows = np.random.default_rng(seed), []
-    truth = np.random.default_rng(0).integers(1, 6, n)
-    for i, y in enumerate(truth.tolist()):
-        p = float(np.clip(y + noise * random.normal(), 1, 5))
-        probs = [0.0] * 5
-        probs[round(p) - 1] = 1.0
-        row = {"id": f"r{i}", "prompt": "p", "score": y, "cots": ["c"], "finished": [i % 4 != 0]}
-        rows.append(row | {"score_probs": [probs], "off_grid": [0.25], "prediction": p, "decoded": float(round(p))})
+def predictions(n: int) -> list[dict]:
+    """Make records whose prediction is the true score, with all mass on it."""
+    rows = []
+    for i, y in enumerate(np.random.default_rng(0).integers(1, 6, n).tolist()):
+        row = {"id": f"r{i}", "score": y, "finished": [i % 4 != 0], "off_grid": [0.25], "prediction": y}
+        rows.append(row | {"decoded": y, "score_probs": [[float(k == y) for k in range(1, 6)]]})
     return rows
 
 
-def test_metrics_by_hand():
+def evaluate(lab, *arguments) -> tuple:
+    """Run eval.py; returns its entry for each file, and last what it prints."""
+    out = lab.path / f"eval{len(list(lab.path.iterdir()))}"
+    lab.run("eval", "--resamples", 200, "--out", out, *arguments)
+    report = json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)  # no NaN
+    assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    return *report["files"].values(), lab.capsys.readouterr().out
+
+
+def test_metrics_and_reliability_by_hand_and_without_torch():
     p, y = np.array([1.0, 2.0, 3.0, 5.0]), np.array([1.0, 3.0, 2.0, 4.0])
-    assert eval.METRICS["rmse"](p, y) == pytest.approx(np.sqrt(3 / 4))
-    assert eval.METRICS["mae"](p, y) == pytest.approx(3 / 4)
-    assert eval.METRICS["pearson"](p, y) == pytest.approx(5.5 / np.sqrt(8.75 * 5))
-    assert eval.METRICS["spearman"](p, y) == pytest.approx(0.8)
-    assert eval.METRICS["kendall"](p, y) == pytest.approx(4 / 6)  # 5 pairs agree, 1 does not
-    assert np.isnan(eval.METRICS["pearson"](np.ones(4), y))
-
-
-def test_interval_covers_and_pairing_narrows_it():
-    """A constant offset has a paired difference in MAE that is the same in every resample."""
-    y = np.arange(200) % 5 + 1.0
-    a = y + 0.5 + 0.01 * np.sin(np.arange(200))
-    samples = eval.bootstrap({"a": a, "b": a + 1}, y, resamples=200, seed=0)
-    difference = eval.interval(samples["b"]["mae"] - samples["a"]["mae"])
-    assert difference["low"] == pytest.approx(1) and difference["high"] == pytest.approx(1)
-    alone = eval.interval(samples["a"]["rmse"])
-    assert alone["low"] < alone["value"] < alone["high"]
-
-
-def test_several_seeds_are_averaged_and_resampled():
-    """Two runs with an RMSE of 1 and of 3 in every resample of the records: what varies is which runs were drawn."""
-    y = np.arange(50) % 5 + 1.0
-    samples = eval.bootstrap({"both": np.stack([y + 1, y + 3])}, y, resamples=200, seed=0, metrics=("rmse",))["both"]["rmse"]
-    assert samples[0] == pytest.approx(2)
-    assert {round(float(x), 6) for x in samples[1:]} == {1, 2, 3}
-
-
-def test_fewer_cots_and_renormalised(write_jsonl, run_script, tmp_path, capsys):
-    rows = predictions(30, 0.5, 1)
-    for i, row in enumerate(rows):  # .5 of the mass on one score; a second CoT that says the opposite
-        row["score_probs"] = [[p / 2 for p in row["score_probs"][0]], [p / 2 for p in row["score_probs"][0][::-1]]]
-        row |= {"cots": ["c", "d"], "finished": [True, i > 0], "off_grid": [0.5, 0.5], "prediction": 1.5, "decoded": 3.0}
-    path = write_jsonl("p.jsonl", rows)
-    run_script("eval", path, "--out", tmp_path / "a", "--resamples", 5)
-    run_script("eval", path, "--out", tmp_path / "b", "--resamples", 5, "--cots", 1, "--renormalise")
-    both, first = (json.loads((tmp_path / name / "metrics.json").read_text())["files"][str(path)] for name in "ab")
-    assert both["prediction"]["pearson"]["value"] is None and (both["cots"], first["cots"]) == (60, 30)
-    expected = [5 - row["score_probs"][0][::-1].index(0.5) for row in rows]  # renormalised, all mass on one score
-    true = np.array([row["score"] for row in rows])
-    assert first["prediction"]["rmse"]["value"] == pytest.approx(eval.METRICS["rmse"](np.array(expected), true))
-    assert first["unfinished_rate"] == 0 and both["unfinished_rate"] == pytest.approx(1 / 60)
-    with pytest.raises(SystemExit) as exit:
-        run_script("eval", path, "--out", tmp_path / "c", "--cots", 3)
-    assert exit.value.code == 2 and "record 'r0' has 2 CoTs, fewer than --cots 3" in capsys.readouterr().err
-
-
-def test_reliability_counts():
-    points = eval.reliability(predictions(100, 0.0, 1), Grid())
-    assert all(p["observed"] == pytest.approx(p["predicted"]) for p in points)
-    assert sum(p["n"] for p in points) == 500
-
-
-def test_several_files_and_everything_is_counted(write_jsonl, run_script, tmp_path, capsys):
-    good, bad = predictions(60, 0.3, 1), predictions(60, 1.5, 2)
-    del good[3]["score"]
-    files = write_jsonl("good.jsonl", good), write_jsonl("bad.jsonl", bad[:50])
-    run_script("eval", *files, "--out", tmp_path / "eval", "--resamples", 100)
-    report = json.loads((tmp_path / "eval/metrics.json").read_text())
-    first, second = (report["files"][str(f)] for f in files)
-    assert report["evaluated"] == 49
-    assert (first["records"], first["without_score"], first["not_in_all_files"]) == (60, 1, 10)
-    assert (second["records"], second["without_score"], second["not_in_all_files"]) == (50, 0, 1)
-    assert first["off_grid_mean"] == 0.25 and 0.2 < first["unfinished_rate"] < 0.3
-    assert second["difference"]["prediction"]["rmse"]["low"] > 0  # the noisier judge is worse
-    assert (tmp_path / "eval/figure.png").read_bytes()[:4] == b"\x89PNG"
-    printed = capsys.readouterr().out
-    assert "49 records" in printed and "1 without score, 10 not in all files" in printed
-
-    with pytest.raises(SystemExit) as exit:
-        run_script("eval", *files, "--out", tmp_path / "eval")
-    assert exit.value.code == 2 and "already holds a finished run" in capsys.readouterr().err
-
-
-def test_one_record_and_a_constant_prediction_are_reported_as_undefined(write_jsonl, run_script, tmp_path, capsys):
-    run_script("eval", write_jsonl("one.jsonl", predictions(1, 0.0, 1)), "--out", tmp_path / "eval", "--resamples", 10)
-    assert "undefined" in capsys.readouterr().out
-    assert "NaN" not in (tmp_path / "eval/metrics.json").read_text()
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"prediction": None}, ":2: field 'prediction' is missing"),
-        ({"prediction": "3"}, ":2: field 'prediction' is \"3\", not a number"),
-        (
-            {"score_probs": [[0.5, 0.5]]},
-            ":2: field 'score_probs' does not hold one entry a CoT with 5 scores (is --grid right?)",
-        ),
-        ({"finished": True}, ":2: field 'finished' does not hold one true or false a CoT"),
-    ],
-)
-def test_what_is_no_prediction_is_refused(change, message, write_jsonl, run_script, tmp_path, capsys):
-    rows = predictions(2, 0.0, 1)
-    path = write_jsonl("p.jsonl", [rows[0], rows[1] | change])
-    with pytest.raises(SystemExit) as exit:
-        run_script("eval", path, "--out", tmp_path / "eval")
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.startswith(f"{path}{message}") and error.count("\n") == 1
-    assert not (tmp_path / "eval").exists()
-
-
-def test_eval_imports_no_torch():
+    by_hand = {"pearson": 5.5 / 43.75**0.5, "spearman": 0.8, "kendall": 4 / 6, "rmse": 0.75**0.5, "mae": 0.75}
+    assert {name: metric(p, y) for name, metric in eval.METRICS.items()} == pytest.approx(by_hand)
+    points = eval.reliability(predictions(100), Grid())
+    assert sum(p["n"] for p in points if p["observed"] == p["predicted"] in (0, 1)) == 500
     code = "import sys, eval; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_files_are_compared_in_pairs_and_all_is_counted(lab):
+    """A constant offset is the same in every resample. A file and its run.json are told by the whole path."""
+    off, rows = 0.5 + 0.1 * np.sin(np.arange(200)), predictions(200)
+    near = [row | {"prediction": row["score"] + x} for row, x in zip(rows, off, strict=True)]
+    far = [row | {"prediction": row["prediction"] + 1} for row in near]
+    near[3]["score"], far[4]["cot"] = None, "So the overall score is text where the suffix is another."
+    paths = lab.write("preds-t0.7", near), lab.write("preds-t0.9", far[:150])
+    note = {"arguments": {"grid": "1,2,3,4,5=7", "suffix": " [RESULT] "}}
+    (lab.path / "preds-t0.9.run.json").write_text(json.dumps(note))
+    first, second, printed = evaluate(lab, *paths)
+    names, common = ("grid", "records", "without_score", "not_in_all_files"), np.delete(off[:150], 3)
+    assert [first[name] for name in names] == ["1=1,2=2,3=3,4=4,5=5", 200, 1, 50]
+    assert [second[name] for name in names] == ["1=1,2=2,3=3,4=4,5=7", 150, 0, 1]
+    assert second["difference"]["prediction"]["mae"] == pytest.approx({"value": 1, "low": 1, "high": 1})
+    value, low, high = first["prediction"]["mae"].values()
+    assert low < value < high and value == pytest.approx(common.mean())
+    assert high - low == pytest.approx(2 * 1.96 * common.std() / np.sqrt(149), rel=0.1)
+    assert all(printed.count(f"| {path} ") >= 2 for path in paths) and f"lowest RMSE: {paths[0]}" in printed
+    assert "149 records" in printed and "1 without score, 50 not in all files" in printed
+
+
+def test_other_values_fewer_cots_and_renormalised(lab):
+    """Predictions are computed anew. Half the mass is on the true score; a second CoT says the opposite."""
+    rows = predictions(30)
+    for i, row in enumerate(rows):
+        half = [p / 2 for p in row["score_probs"][0]]
+        row |= {"score_probs": [half, half[::-1]], "finished": [True, i > 0], "off_grid": [0.5, 0.3]}
+        row["score"] = 25 * (row["score"] - 1)
+    arguments = [lab.write("p.jsonl", rows), "--grid", "1=0,2=25,3=50,4=75,5=100"]
+    both, printed = evaluate(lab, *arguments)
+    # Half of the mean of x and 100 − x is constant
+    assert both["prediction"]["pearson"]["value"] is None and "undefined" in printed
+    assert both["prediction"]["mae"]["value"] == pytest.approx(np.mean([abs(r["score"] - 25) for r in rows]))
+    assert (both["cots"], both["unfinished_rate"], both["off_grid_mean"]) == (60, 1 / 60, 0.4)
+    first, _ = evaluate(lab, *arguments, "--cots", 1, "--renormalise")
+    assert first["prediction"]["mae"]["value"] == first["unfinished_rate"] == 0 and first["cots"] == 30
+
+
+def test_what_cannot_be_compared_is_refused(lab):
+    path, out = lab.write("p.jsonl", predictions(2)), ("--out", lab.path / "eval")
+    wrong = {"scores differ": {"score": 1.5}, "is missing": {"decoded": None}, "in common": {"id": "x"}}
+    for message, change in wrong.items():
+        other = lab.write("q.jsonl", [predictions(1)[0] | change])
+        assert message in lab.fail("eval", path, other, *out)[1]
+    assert "'r0' has fewer CoTs than --cots 2" in lab.fail("eval", path, "--cots", 2, *out)[1]
+    assert "is given twice" in lab.fail("eval", path, path, *out)[1] and not out[1].exists()
+    assert "is there already" in lab.fail("eval", path, "--out", lab.path)[1]
