@@ -1,126 +1,170 @@
-"""Does training take the memory that stage 1 says it will? Expected against measured, on models of real shapes.
+"""Estimate the memory that training takes: does a model fit?
 
-    python bench/memory.py --out results/memory/memory.json        # about five minutes on a CPU
-    python bench/memory.py --fit                                   # estimates for 7B and 8B, nothing is run
-    python bench/memory.py --model mistral-7b --length 1500        # on a GPU, random weights of a model's exact shape
+    python bench/memory.py --model mistral-7b                        # LoRA, as is stage 1's default
+    python bench/memory.py --model llama-3.1-8b --full --batch-size 4 --length 2000
+    python bench/memory.py --fit                                     # a table of the 7B and 8B models
+    python bench/memory.py --measure                                 # against measurements; ten minutes
 
-Each case takes two optimiser steps of two batches each in stage 1's loop, on random tokens of which a quarter is supervised.
-Measured is the peak of what tensors hold: in bf16 as on a GPU, which a CPU can do as well if slowly, and on a CPU in fp32 too.
-Ends with one JSON line.
+It takes the options of stage1_train.py. The estimate is what tensors hold at the peak of a step on a GPU, in
+bf16, from the shapes alone; what CUDA and its allocator take comes on top. --measure takes two steps of two
+batches in stage 1's loop, on small random models of the real proportions, in fp32 and bf16.
 """
 
-import argparse
 import itertools
-import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from transformers import AutoConfig, LlamaConfig, MistralConfig
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import machine  # noqa: E402
-import workload  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import models
+import runs
+import stage1_train
+from encode import Example
+from loss import cot_raft_loss
+from models import device
+from records import Grid
+from results.tables import table
 
-import models  # noqa: E402
-import runs  # noqa: E402
-from models import Lora  # noqa: E402
-from stage1_train import make_optimiser, train  # noqa: E402
-
-SHAPES = {  # small enough for a laptop, with the proportions of the real ones
-    "Mistral, vocabulary 32k": MistralConfig(
-        vocab_size=32000, hidden_size=512, intermediate_size=1792, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=2, sliding_window=None,
-    ),
-    "Llama-3.1, vocabulary 128k": LlamaConfig(
-        vocab_size=128256, hidden_size=512, intermediate_size=1792, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=2,
-    ),
-}  # fmt: skip
+SHAPES = {  # transformers' defaults are those of Mistral-7B; no hub is needed for these
+    "mistral-7b": MistralConfig(),
+    "llama-3.1-8b": LlamaConfig(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8),
+}
+SMALL = {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 8, "num_attention_heads": 8}
+MEASURED = {
+    f"{name}, scaled down": type(config)(vocab_size=config.vocab_size, num_key_value_heads=2, **SMALL)
+    for name, config in SHAPES.items()
+}
 
 
-def expect(config, lora: Lora | None, **sizes) -> models.Memory:
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        return models.expected_memory(folder, lora, **sizes)
+def estimate(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, checkpointing: bool) -> dict:
+    """Return the bytes at the peak of a step, by what takes them, for blocks like those of Llama and Mistral.
+
+    Such a block has RMSNorm, a gated MLP, and attention that stores no matrix of scores. lora: the rank, None
+    for all weights. batch: sequences, tokens of each, and how many of these carry loss.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config, (sequences, length, supervised) = model.config.get_text_config(), batch
+    parameters = sum(p.numel() for p in model.parameters())
+    linear = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
+    trained = sum(m.in_features + m.out_features for m in linear) * lora if lora else parameters
+
+    compute = 2 if bf16 else 4  # bytes of a number in the matrix products
+    stream = compute if lora else 4  # of one between the blocks: weights in fp32 make it fp32
+    h, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    mlp = getattr(config, "intermediate_size", None) or 4 * h  # GPT-2 and its like do not say
+    width = getattr(config, "head_dim", None) or h // heads
+    q, kv = heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
+    # A block keeps for its backward pass, bytes a token: of each norm the input in fp32, and for its weight
+    # what it made of that; of attention q, k, v and output; of the MLP gate, its activation, up, the product
+    block = 2 * 4 * h * (1 if lora else 2) + compute * (2 * q + 2 * kv + 4 * mlp)
+    # and what its layers (with LoRA the adapters) see, which each casts for itself from fp32 to bf16
+    block += compute * h * (5 if compute < stream else 2)
+    kept = sequences * length * layers * (stream * h if checkpointing else block)
+    if bf16 and not lora and not checkpointing:  # the bf16 copies of the weights
+        kept += 2 * sum(m.weight.numel() for m in linear)
+    # The logits of a part in fp32, their log-softmax, and the gradients before and after; the head in bf16
+    rows = min(sequences * supervised, max(1, stage1_train.LOGITS // config.vocab_size))
+    logits = 16 * rows * config.vocab_size + (2 * config.vocab_size * h if bf16 and not lora else 0)
+    return {
+        "weights": parameters * (compute if lora else 4) + (4 * trained if lora else 0),
+        "gradients": 4 * trained,
+        "AdamW": 8 * trained,
+        "activations": kept,
+        "logits or a recomputed block": max(logits, sequences * length * block if checkpointing else 0),
+    }
+
+
+def peak_of(run) -> int:
+    """Return the bytes that tensors hold at the peak of run(), beyond what they held before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def measure(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, checkpointing: bool) -> int:
+    """Return the measured bytes at the peak of two steps of two such batches in stage 1's loop."""
+    sequences, length, supervised = batch
+    args = stage1_train.make_parser("", stage=1).parse_args(["--batch-size", str(sequences)])
+    ids = torch.randint(10, config.vocab_size, (2 * sequences, length)).tolist()
+    plan = [[Example("random", row, length - supervised, length - 2, 3.67) for row in ids]] * 2
+    loss = partial(cot_raft_loss, **models.score_tensors([3, 4, 5, 6, 7], Grid()))
+
+    def load(name: str, dtype: torch.dtype, trainable: bool):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device())
+
+    def run() -> None:
+        model = models.load_for_training("random", lora, checkpointing)
+        stage1_train.train(args, model, plan, [], loss, 0, Path(folder))
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.multiple(models, load_model=load, has_bf16=lambda: bf16),
+        patch.object(stage1_train, "has_bf16", lambda: bf16),
+    ):
+        return peak_of(run)
+
+
+def print_table(shapes: dict, precisions: list[bool], batches: list[tuple[int, int, int]], cell) -> None:
+    """Print cell(config, lora, batch, bf16, checkpointing) of every case."""
+    rows = []
+    for name, lora, bf16, batch in itertools.product(shapes, (8, None), precisions, batches):
+        trained = ("LoRA" if lora else "all weights") + ("" if bf16 else ", fp32")
+        cells = [cell(shapes[name], lora, batch, bf16, checkpointing) for checkpointing in (True, False)]
+        rows.append([name, trained, batch[0], *cells])
+    length = f"sequences of {batches[0][1]:,} tokens"
+    print(table(["model", "trained", length, "checkpointed", "all activations kept"], rows), end="")
 
 
 def fit() -> None:
-    """What stage 1 will say of the 7B and 8B models on a GPU: nothing is measured here."""
-    print("| model | trained | sequences of 3,000 tokens | checkpointed | all activations kept |\n" + "| --- " * 5 + "|")
-    for name, config in workload.REAL.items():
-        for lora in (Lora(), None):
-            for sequences in (1, 4):
-                cells = [name, "LoRA" if lora else "all weights", str(sequences)]
-                for checkpointing in (True, False):
-                    sizes = {"sequences": sequences, "length": 3000, "supervised": 250 * sequences, "bf16": True}
-                    cells.append(f"{expect(config, lora, gradient_checkpointing=checkpointing, **sizes).total / 2**30:.0f} GiB")
-                print("| " + " | ".join(cells) + " |")
+    """Print the estimates for the 7B and 8B models."""
+    batches = [(1, 3000, 250), (4, 3000, 250)]
+    print_table(SHAPES, [True], batches, lambda *case: f"{sum(estimate(*case).values()) / 2**30:.0f} GiB")
 
 
-def measure(
-    config, lora: Lora | None, *, bf16: bool, sequences: int, length: int, gradient_checkpointing: bool, steps: int = 2
-) -> dict:
-    """Expected and measured bytes of a training step on a model of this shape."""
-    expected = expect(
-        config, lora, sequences=sequences, length=length, supervised=sequences * (length // 4),
-        bf16=bf16, gradient_checkpointing=gradient_checkpointing,
-    )  # fmt: skip
-    held = []
-
-    def run() -> None:
-        model = workload.random_model(config, torch.bfloat16 if bf16 and lora else torch.float32)
-        held.append(network := models.with_adapters(model, lora) if lora else model)
-        if gradient_checkpointing:
-            models.checkpoint_activations(network)
-        optimiser, schedule = make_optimiser(network, lr=1e-5, warmup=0.1, weight_decay=0.0, steps=steps)
-        examples = workload.random_examples(2 * sequences, length, config.vocab_size)
-        lines = train(
-            network, optimiser, schedule, examples, [range(2 * sequences)] * steps, loss=workload.loss_of(), score_in_ce=True,
-            pad_id=0, clip=1.0, batch_size=sequences, bf16=bf16, label="",
-        )  # fmt: skip
-        assert all(line["taken"] for line in lines)
-
-    measured = machine.peak_of(run)
-    return {
-        "bf16": bf16, "lora": bool(lora), "gradient_checkpointing": gradient_checkpointing, "sequences": sequences,
-        "length": length, "expected": expected._asdict() | {"total": expected.total}, "measured": measured,
-        "expected_to_measured": round(expected.total / measured, 3),
-    }  # fmt: skip
+def compare(*case) -> str:
+    expected, measured = sum(estimate(*case).values()), measure(*case)
+    return f"{measured / 2**20:.0f} MiB measured, estimate {expected / measured:.3f} of it"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
-    parser.add_argument("--model", help="alias, folder or hub id whose shape is taken; None: two small shapes")
-    parser.add_argument("--sequences", type=runs.COUNT, default=4, help="in a batch")
-    parser.add_argument("--length", type=runs.COUNT, default=512, help="tokens a sequence")
-    parser.add_argument("--only", choices=("full", "lora"), help="one of both ways to train")
-    parser.add_argument("--out", type=Path, help="JSON file; None: only print")
-    parser.add_argument("--fit", action="store_true", help="only print what is expected of the 7B and 8B models")
+    parser = stage1_train.make_parser(__doc__, stage=1)
+    add = parser.add_argument_group("memory").add_argument
+    add("--length", type=runs.COUNT, default=3000, help="tokens of a sequence")
+    add("--supervised", type=runs.COUNT, default=250, help="how many of them carry loss: CoT and score")
+    add("--fit", action="store_true", help="print a table for the 7B and 8B models instead")
+    add("--measure", action="store_true", help="compare estimates with measurements instead")
     args = parser.parse_args()
     if args.fit:
         return fit()
-    shapes = {args.model: AutoConfig.from_pretrained(models.resolve(args.model))} if args.model else SHAPES
-    cases = []
-    ways = [args.only] if args.only else ["full", "lora"]
-    precisions = (True,) if models.has_bf16() else (False, True)
-    for (name, config), way, bf16, checkpointing in itertools.product(shapes.items(), ways, precisions, (True, False)):
-        case = {"shape": name} | measure(
-            config, Lora() if way == "lora" else None, bf16=bf16, sequences=args.sequences, length=args.length,
-            gradient_checkpointing=checkpointing,
-        )  # fmt: skip
-        cases.append(case)
-        print(
-            f"{name:28}{way:6}{'bf16' if bf16 else 'fp32':6}{'checkpointed' if checkpointing else 'all kept':13} "
-            f"expected {case['expected']['total'] / 2**30:7.2f} GiB, measured {case['measured'] / 2**30:7.2f} GiB, "
-            f"ratio {case['expected_to_measured']:.2f}"
-        )
-    report = {"bench": "memory", "machine": machine.machine(), "cases": cases}
-    if args.out:
-        runs.write_whole(args.out, json.dumps(report, indent=1) + "\n")
-    print(json.dumps({"device": report["machine"]["device"], "ratios": [case["expected_to_measured"] for case in cases]}))
+    if args.measure:
+        return print_table(MEASURED, [True, False], [(4, 512, 128)], compare)
+    try:
+        name = models.resolve(models.base_of(args.model) or args.model)
+        config = SHAPES.get(args.model) or AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise models.cant(args.model, "its config can't be read", error) from None
+    batch = (args.batch_size, args.length, args.supervised)
+    parts = estimate(config, args.lora, batch, True, args.gradient_checkpointing)
+    total = sum(parts.values()) / 2**30
+    print(f"{args.model}: {total:.2f} GiB at the peak of a step")
+    for part, size in parts.items():
+        print(f"{size / 2**30:8.2f} {part}")
+    # 1.5 GiB for CUDA and its allocator is a guess
+    gpus = [f"a GPU of {size} GiB" for size in (16, 24, 40, 48, 80, 141) if size >= total + 1.5]
+    print(f"fits {[*gpus, 'no GPU of up to 141 GiB'][0]}")
 
 
 if __name__ == "__main__":

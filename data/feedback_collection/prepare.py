@@ -1,66 +1,107 @@
-"""Turn Feedback Collection (100K GPT-4 feedbacks with scores, CC-BY-4.0) into training records.
+"""Turn Feedback Collection (100,000 GPT-4 feedbacks with scores, CC-BY-4.0) into training records.
 
     python data/feedback_collection/prepare.py                        # from the hub, about 1 GB
     python data/feedback_collection/prepare.py --file new_feedback_collection.json
 
-Reads the hub data set through `datasets`, or a local JSON array or JSONL file with the same fields. A row that lacks prompt,
-feedback or score is left out, and counted with the reason.
+Reads the hub data set through `datasets`, or its file, a JSON array or JSONL with the same fields. Writes
+train.jsonl and valid.jsonl to --out. Which side a record is on depends on its prompt and --seed alone, so no
+prompt is on both. A row that lacks prompt, feedback or score is left out, and counted with the reason.
 """
 
 import argparse
+import hashlib
+import os
 import re
 import sys
+import urllib.request
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-import records
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import runs
-from runs import InputError
+from data.prepare_helpers import clean_cot, clean_prompt, is_text, read_items, sort_out
+from records import InputError
 
 HUB_ID = "prometheus-eval/Feedback-Collection"
+FILE = "new_feedback_collection.json"  # what the data set is called there
 RESULT = re.compile(r"\[RESULT\]\s*(\d+)")
 
 
-def convert(row: dict, number: int) -> dict | str:
-    """One row as a record, or in a few words why it can't be one."""
+def read_hub():
+    """Load the data set from the hub; without the hub, what an earlier run left of it. Raises InputError."""
+    try:
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        urllib.request.urlopen(f"{hub}/api/datasets/{HUB_ID}", timeout=10).close()
+    except OSError:
+        # Before the import of `datasets`, which would try for half a minute and warn of every try
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    import datasets
+
+    try:
+        return datasets.load_dataset(HUB_ID, split="train")
+    except Exception as error:  # `datasets` and the libraries below it have no base class of errors in common
+        raise InputError(
+            f"{HUB_ID}: can't be had from the hub ({type(error).__name__}); download {FILE} from "
+            f"huggingface.co/datasets/{HUB_ID}, then: "
+            f"python data/feedback_collection/prepare.py --file {FILE}"
+        ) from None
+
+
+def convert(row: Any, number: int) -> dict | str:
+    """Turn a row into a record, or say in a few words why it can't be one."""
+    if not isinstance(row, dict):
+        return "not an object"
     prompt, output = row.get("instruction"), row.get("output") or row.get("orig_feedback")
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not is_text(prompt):
         return "no text in 'instruction'"
-    if not isinstance(output, str) or not records.clean_cot(output):
+    if not is_text(output) or not clean_cot(output):
         return "no feedback in 'output'"
     found = RESULT.search(output)
-    score = str(row.get("orig_score") or (found and found[1]))
-    if score not in {"1", "2", "3", "4", "5"}:
+    try:
+        score = float(
+            str(row.get("orig_score") or (found and found[1]))
+        )  # 4, 4.0, "4" and "4.0" are all there
+    except ValueError:
+        score = None
+    if score not in (1, 2, 3, 4, 5):
         return "no score from 1 to 5, neither in 'orig_score' nor as '[RESULT] 4'"
-    prompt, cot = records.clean_prompt(prompt), records.clean_cot(output)
-    return {"id": f"fc-{number:06}", "prompt": prompt, "cot": cot, "score": int(score)}
+    record = {"id": f"fc-{number:06}", "prompt": clean_prompt(prompt), "cot": clean_cot(output)}
+    return record | {"score": int(score)}
+
+
+def is_held_out(prompt: str, fraction: float, seed: int) -> bool:
+    digest = hashlib.sha256(f"{seed}/{prompt.strip()}".encode()).digest()
+    return int.from_bytes(digest[:8]) < fraction * 2**64
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
-    parser.add_argument("--file", help="local JSON array or JSONL file; None: the hub data set")
-    parser.add_argument("--out", default=str(Path(__file__).parent / "train.jsonl"), help="JSONL file of training records")
+    add = parser.add_argument
+    add("--file", help="local JSON array or JSONL file; None: the hub data set")
+    add("--out", type=Path, default=Path(__file__).parent, help="folder of train.jsonl and valid.jsonl")
+    add("--valid-fraction", type=runs.SHARE, default=0.05, help="share of the prompts that is held out")
+    add("--seed", type=runs.SEED, default=0, help="random seed of what is held out")
     args = parser.parse_args()
-    if args.file:
-        rows = records.read_items(args.file)
-    else:
-        import datasets
-
-        try:
-            rows = datasets.load_dataset(HUB_ID, split="train")
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{HUB_ID}: can't be had from the hub ({type(error).__name__}); download its file and give --file"
-            ) from None
-    made = [convert(row, number) for number, row in enumerate(rows)]
-    kept, left_out = records.sort_out(made, args.file or HUB_ID)
-    marked = sum(
-        isinstance(m, dict) and "So the overall" in (row.get("output") or "") for row, m in zip(rows, made, strict=True)
-    )
-    runs.write_whole(args.out, "".join(map(runs.to_line, kept)))
-    print(f"{len(rows)} rows read, {len(kept)} kept, {len(kept) - marked} of them without 'So the overall' in their feedback")
+    rows = read_items(args.file) if args.file else read_hub()
+    made, unmarked = [], 0
+    for number, row in enumerate(rows):
+        made.append(convert(row, number))
+        unmarked += isinstance(made[-1], dict) and "So the overall" not in str(row.get("output"))
+    kept, left_out = sort_out(made, args.file or HUB_ID)
+    print(f"{len(rows)} rows read, {len(kept)} kept, {unmarked} of them without 'So the overall' in 'output'")
     print(left_out, end="")
-    print(f"{args.out}: {len(kept)} records; stage 1 holds out 5 % of their prompts, chosen by its --seed")
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    sides = {"train": [], "valid": []}
+    for record in kept:
+        held_out = is_held_out(record["prompt"], args.valid_fraction, args.seed)
+        sides["valid" if held_out else "train"].append(record)
+    for name, side in sides.items():
+        path, prompts = args.out / f"{name}.jsonl", {record["prompt"].strip() for record in side}
+        runs.write_whole(path, "".join(map(runs.to_line, side)))
+        print(f"{path}: {len(side)} records with {len(prompts)} different prompts")
+        if not side:
+            print(f"{path}: is empty; choose another --valid-fraction, or another --seed")
 
 
 if __name__ == "__main__":

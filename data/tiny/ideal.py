@@ -3,8 +3,9 @@
 Three know different things, and a trained judge can at best become one of them:
 
     no-cot     E[score | tone]: the chain was not worked out
-    one-stage  E[score | right claims, tone, verdict] with a verdict drawn from p(verdict | tone): it takes the verdict word
-               for the annotator's, as training on annotated CoTs teaches it, and has to write that word itself
+    one-stage  E[score | right claims, tone, verdict] with a verdict drawn from p(verdict | tone): it takes
+               the verdict word for the annotator's, as training on annotated CoTs teaches it, and has to
+               write that word itself
     two-stage  E[score | right claims, tone]: it knows that its own verdict is worth nothing
 
 They know how the training split is judged, on whichever split they are asked.
@@ -28,26 +29,29 @@ RATINGS = np.arange(1, 6)
 
 
 def rating_probs(right: int, tone: int) -> np.ndarray:
-    """p(rating | right claims, tone), (5,): a normal around the quality in bins, and the shy rater's 3."""
-    edges = [-math.inf, 1.5, 2.5, 3.5, 4.5, math.inf]
-    below = np.array([0.5 * (1 + math.erf((edge - quality(TRAINING, right, tone)) / (NOISE * math.sqrt(2)))) for edge in edges])
+    """Return p(rating | right claims, tone), (5,): a normal around the quality, and the shy rater's 3."""
+    mean, edges = quality(TRAINING, right, tone), [-math.inf, 1.5, 2.5, 3.5, 4.5, math.inf]
+    below = np.array([0.5 * (1 + math.erf((edge - mean) / (NOISE * math.sqrt(2)))) for edge in edges])
     return TRAINING.shy * (RATINGS == 3) + (1 - TRAINING.shy) * np.diff(below)
 
 
 def right_probs() -> np.ndarray:
-    """p(number of right claims), (5,): a binomial for each skill, all equally likely."""
+    """Return p(number of right claims), (5,): a binomial for each skill, all equally likely."""
     n, counts = len(STEPS), range(len(STEPS) + 1)
     return np.array([np.mean([math.comb(n, r) * s**r * (1 - s) ** (n - r) for s in SKILLS]) for r in counts])
 
 
-# p(verdict | rating), rows are ratings
-VERDICT_PROBS = np.array(
-    [[LEAK if v == y else ((1 - LEAK) / (1 if y in (1, 5) else 2)) * (abs(v - y) == 1) for v in RATINGS] for y in RATINGS]
-)
+def verdict_probs(rating: int) -> np.ndarray:
+    """Return p(verdict | rating), (5,): mostly the rating itself, else one off."""
+    next_to = np.abs(RATINGS - rating) == 1
+    return LEAK * (RATINGS == rating) + (1 - LEAK) * next_to / next_to.sum()
+
+
+VERDICT_PROBS = np.array([verdict_probs(rating) for rating in RATINGS])  # rows are ratings
 
 
 def predict(record: dict, *, real: bool = False) -> dict[str, float]:
-    """The predictions of the ideal judges for a record of the task; `real` for targets half-way to the consensus."""
+    """Return what the ideal judges predict for a record; `real` for targets half-way to the consensus."""
     tone = next(t for t, word in enumerate(TONES) if f"Response : {word} ." in record["prompt"])
     right = record["cot"].count(" right")
 
@@ -56,8 +60,8 @@ def predict(record: dict, *, real: bool = False) -> dict[str, float]:
         return (rating + quality(TRAINING, right, tone)) / 2 if real else rating
 
     by_right = [rating_probs(r, tone) for r in range(len(STEPS) + 1)]
-    verdict_probs = right_probs() @ np.array(by_right) @ VERDICT_PROBS
-    verdict = random.Random(record["id"]).choices(range(5), verdict_probs)[0]
+    verdicts = right_probs() @ np.array(by_right) @ VERDICT_PROBS
+    verdict = random.Random(record["id"]).choices(range(5), verdicts)[0]
     posterior = by_right[right] * VERDICT_PROBS[:, verdict]
     return {
         "no-cot": float(right_probs() @ [expected(probs, r) for r, probs in enumerate(by_right)]),
@@ -67,12 +71,12 @@ def predict(record: dict, *, real: bool = False) -> dict[str, float]:
 
 
 def metrics(path: str | Path, *, real: bool = False) -> dict[str, dict[str, float]]:
-    """Pearson's r and RMSE of each ideal judge on a file of the task."""
+    """Return Pearson's r and RMSE of each ideal judge on a file of the task."""
     rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
     true = np.array([row["score"] for row in rows], dtype=float)
     predicted = [predict(row, real=real) for row in rows]
     columns = {name: np.array([p[name] for p in predicted]) for name in predicted[0]}
-    return {name: {m: METRICS[m](column, true) for m in ("pearson", "rmse")} for name, column in columns.items()}
+    return {name: {m: METRICS[m](p, true) for m in ("pearson", "rmse")} for name, p in columns.items()}
 
 
 if __name__ == "__main__":

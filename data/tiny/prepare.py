@@ -1,12 +1,13 @@
-"""Write the embedded task: a miniature judge task in the Prometheus layout, on which TRACT's mechanism is really there.
+"""Write the embedded task: a miniature judge task, on which TRACT's mechanism is really there.
 
-A response claims the values of a four-step chain of small sums and has a tone. A judge must work out the chain (several
-steps: too much for a two-layer model in one pass, easy in a CoT), count the right claims and weigh them with the tone.
-The rating is noisy, so its expectation beats its most likely value. And the annotator knew the rating when writing the
-CoT: its opening verdict word leaks more than the input supports, which is what stage 2 exists to unlearn.
+A response claims the values of a four-step chain of small sums and has a tone. A judge must work out the
+chain (several steps: too much for a two-layer model in one pass, easy in a CoT), count the right claims and
+weigh them with the tone. The rating is noisy, so its expectation beats its most likely value. And the
+annotator knew the rating when writing the CoT: its opening verdict word leaks more than the input supports,
+which is what stage 2 exists to unlearn.
 
-    python data/tiny/prepare.py                  # {train,valid,test,test_ood}.jsonl beside this file; always the same bytes
-    python data/tiny/prepare.py --targets real   # the same records with real-valued scores: train_real.jsonl and so on
+    python data/tiny/prepare.py                  # {train,valid,test,test_ood}.jsonl; always the same bytes
+    python data/tiny/prepare.py --targets real   # the same records with real-valued scores: *_real.jsonl
 """
 
 import argparse
@@ -54,18 +55,19 @@ SPLITS = {  # records, and how they are judged
 }
 TARGETS = {  # what `score` holds, of a draw
     "rating": lambda draw: draw["rating"],  # one rater's, a whole number
-    "real": lambda draw: round((draw["rating"] + draw["quality"]) / 2, 3),  # half-way to the consensus of many
+    # half-way to the consensus of many
+    "real": lambda draw: round((draw["rating"] + draw["quality"]) / 2, 3),
     "rounded": lambda draw: int(TARGETS["real"](draw) + 0.5),
 }
 
 
 def quality(judging: Judging, right: int, tone: int) -> float:
-    """What the rater's mean is, before it is clipped, for so many right claims and a tone of 0 to 4."""
+    """Return the rater's mean, before it is clipped, for so many right claims and a tone of 0 to 4."""
     return judging.offset + 1 + 4 * (judging.weight * right / len(STEPS) + (1 - judging.weight) * tone / 4)
 
 
 def sample(rng: random.Random, judging: Judging = TRAINING, *, random_verdict: bool = False) -> dict:
-    """Draw `prompt`, annotated `cot`, `rating` and `quality`; `random_verdict` draws the verdict word without the rating."""
+    """Draw prompt, annotated cot, rating and quality; a random verdict word does not know the rating."""
     start, skill = rng.randrange(10), rng.choice(SKILLS)
     tone = max(rng.randrange(5) for _ in range(judging.tone_draws))
     value, claims, sums, working, right = start, [], [], [], 0
@@ -97,17 +99,19 @@ def sample(rng: random.Random, judging: Judging = TRAINING, *, random_verdict: b
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the task (default: %(default)s)")
-    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help="which to write (default: all)")
-    parser.add_argument("--size", type=int, help="records of each split (default: 1500, 500, 1000, 1000)")
-    parser.add_argument("--targets", choices=TARGETS, default="rating", help="what to put into `score` (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path(__file__).parent, help="folder to write to")
+    add("--seed", type=int, default=0, help="random seed of the task")
+    add("--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help="which to write")
+    add("--size", type=runs.COUNT, help="records of each split; None: 1500, 500, 1000, 1000")
+    add("--targets", choices=TARGETS, default="rating", help="what to put into `score`")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for split in args.splits:
         size, judging = SPLITS[split]
-        rng = random.Random(f"{args.seed}/{split}")  # a string is hashed with SHA-512: the same on every machine
+        # A string is hashed with SHA-512: the same on every machine
+        rng = random.Random(f"{args.seed}/{split}")
         path = args.out / f"{split}{'' if args.targets == 'rating' else '_' + args.targets}.jsonl"
         lines = []
         for i in range(args.size or size):
@@ -119,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    runs.run(main)

@@ -1,10 +1,11 @@
 """Redraw tables.md and figure.png from metrics.json, as bench/ablations.py wrote it.
 
 python results/ablations/draw.py                                          # beside this file
-python results/ablations/draw.py out/ablations/metrics.json --out out/ablations
+python results/ablations/draw.py out/ablations/metrics.json               # beside that one
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -30,30 +31,36 @@ LINES = [  # label, row, reading, the paper's mean r for Mistral-7B (arXiv 2503.
     ("TRACT, renormalised", "tract", "renormalised", None),
 ]
 SWEEPS = [  # what changes, row with two stages, row of its stage 1 alone
-    *((f"λ = {v}", "tract" if v == 1 else f"lambda-{v}", "a1" if v == 1 else f"lambda-{v}-a1") for v in (0.1, 0.3, 1, 3, 10)),
+    ("λ = 0.1", "lambda-0.1", "lambda-0.1-a1"),
+    ("λ = 0.3", "lambda-0.3", "lambda-0.3-a1"),
+    ("λ = 1", "tract", "a1"),
+    ("λ = 3", "lambda-3", "lambda-3-a1"),
+    ("λ = 10", "lambda-10", "lambda-10-a1"),
     ("score token out of the CE", "mask-score", None),
     ("2 CoTs a training prompt, half the epochs", "cots-2", None),
     ("4 CoTs a training prompt, a quarter of the epochs", "cots-4", None),
     ("300 training records, TRACT", "few-tract", None),
     ("300 training records, both stages CE", "few-ce", None),
 ]
+GRIDS = ("15", "135", "12345")
+OOD = "test_ood"
 
 
 class Cells:
-    """The cells of metrics.json; a cell that was not run is left empty."""
+    """Hold the cells of metrics.json by (row, test, reading); one that was not run leaves its place empty."""
 
     def __init__(self, cells: list[dict]):
         self.of = {(c["row"], c["test"], c["reading"]): c for c in cells}
         self.test = next(c["test"] for c in cells if c["test"] in ("test", "valid"))
 
-    def mean(self, row: str | None, metric: str, *, reading: str = "rail", test: str | None = None) -> str:
+    def mean(self, row: str | None, metric: str, reading: str = "rail", test: str | None = None) -> str:
         cell = self.of.get((row, test or self.test, reading))
         if cell is None:
             return ""
         spread = "" if cell[metric]["sd"] is None else f" ± {cell[metric]['sd']:.3f}"
         return f"{cell[metric]['mean']:.3f}{spread}"
 
-    def difference(self, row: str, metric: str, *, reading: str = "rail", test: str | None = None) -> str:
+    def difference(self, row: str, metric: str, reading: str = "rail", test: str | None = None) -> str:
         cell = self.of.get((row, test or self.test, reading), {}).get("difference")
         return "" if cell is None else interval(cell[metric])
 
@@ -67,83 +74,97 @@ def name_of(row: str, reading: str) -> str:
     return few.get(row) or next(label for label, r, how, _ in LINES if (r, how) == (row, reading))
 
 
-def tables(report: dict) -> str:
-    cells, ideal, ideal_ood = Cells(report["cells"]), report["ideal"], report["ideal"].get("test_ood")
-    test, n = cells.test, len(report["seeds"])
-    about = f"{n} seed{'s' * (n > 1)}, {report['records'][test]} records; mean ± standard deviation over seeds"
-
+def methods(report: dict, cells: Cells) -> str:
+    """Return the two tables of the methods, the ideal judges among them."""
+    n, records, ideal = len(report["seeds"]), report["records"][cells.test], report["ideal"]
     main, more = [], []
     for label, row, reading, paper in LINES:
-        if (row, test, reading) not in cells.of:
+        if (row, cells.test, reading) not in cells.of:
             continue
-        main.append([
-            label, cells.mean(row, "pearson", reading=reading), cells.mean(row, "rmse", reading=reading),
-            cells.mean(row, "pearson", reading=f"{reading}@5"),
-            cells.mean(row, "pearson", reading=reading, test="test_ood"), cells.difference(row, "pearson", reading=reading),
-            f"{paper:.3f}" if paper else "",
-        ])  # fmt: skip
-        more.append([
-            label, cells.mean(row, "spearman", reading=reading), cells.difference(row, "rmse", reading=reading),
-            *(cells.difference(row, metric, reading=reading, test="test_ood") for metric in ("pearson", "rmse")),
-        ])  # fmt: skip
-    for name, values in ideal[test].items():
-        out_of_domain = f"{ideal_ood[name]['pearson']:.3f}" if ideal_ood else ""
-        main.append([f"*ideal {name}*", f"{values['pearson']:.3f}", f"{values['rmse']:.3f}", "", out_of_domain, "", ""])
-    header = ["method, prediction", "r", "RMSE", "r, 5 CoTs", "r, out of domain", "Δr to TRACT", "paper, r"]
-    text = f"## Methods\n\n{about}; differences with 95 % intervals over seeds and records.\n\n" + table(header, main)
-    header = ["method, prediction", "ρ", "ΔRMSE to TRACT", "Δr, out of domain", "ΔRMSE, out of domain"]
-    text += "\n" + table(header, more)
+        r, rmse, rho = (cells.mean(row, metric, reading) for metric in ("pearson", "rmse", "spearman"))
+        many, ood = cells.mean(row, "pearson", f"{reading}@5"), cells.mean(row, "pearson", reading, OOD)
+        to_tract = cells.difference(row, "pearson", reading)
+        main.append([label, r, rmse, many, ood, to_tract, f"{paper:.3f}" if paper else ""])
+        both = (cells.difference(row, metric, reading, OOD) for metric in ("pearson", "rmse"))
+        more.append([label, rho, cells.difference(row, "rmse", reading), *both])
+    for name, values in ideal[cells.test].items():
+        ood = f"{ideal[OOD][name]['pearson']:.3f}" if OOD in ideal else ""
+        main.append([f"*ideal {name}*", f"{values['pearson']:.3f}", f"{values['rmse']:.3f}", "", ood, "", ""])
+    text = f"## Methods\n\n{n} seed{'s' * (n > 1)}, {records} records; mean ± standard deviation over seeds; "
+    text += "differences with 95 % intervals over seeds and records.\n\n"
+    head = ["method, prediction", "r", "RMSE", "r, 5 CoTs", "r, out of domain", "Δr to TRACT", "paper, r"]
+    text += table(head, main) + "\n"
+    head = ["method, prediction", "ρ", "ΔRMSE to TRACT", "Δr, out of domain", "ΔRMSE, out of domain"]
+    return text + table(head, more)
 
+
+def claims(report: dict) -> str:
+    """Return the table of what is said to be better than what."""
     rows = []
     for claim in report["claims"]:
-        names = [name_of(*side) for side in (claim["better"], claim["than"])]
-        where = "out of domain" if claim["test"] == "test_ood" else "in domain"
-        rows.append([" > ".join(names), where, *(interval(claim["difference"][m]) for m in ("pearson", "rmse"))])
-    header = ["is it better?", "where", "Δr", "ΔRMSE"]
-    text += "\n## Claims\n\nFirst minus second, with 95 % intervals over seeds and records.\n\n" + table(header, rows)
+        names = " > ".join(name_of(*side) for side in (claim["better"], claim["than"]))
+        where = "out of domain" if claim["test"] == OOD else "in domain"
+        rows.append([names, where, *(interval(claim["difference"][m]) for m in ("pearson", "rmse"))])
+    text = "## Claims\n\nFirst minus second, with 95 % intervals over seeds and records.\n\n"
+    return text + table(["is it better?", "where", "Δr", "ΔRMSE"], rows)
 
-    rows = [["p_s", *(cells.mean("a1", "rmse", test=t) for t in ("annotated", test)), cells.mean("a1", "rmse"), ".12 → .63"]]
-    on = [cells.mean("tract", "rmse", test=t) for t in ("annotated", "p_s")]
-    rows.append(["p_tract", *on, cells.mean("tract", "rmse"), ".45 → .45"])
-    header = ["RMSE of", "on annotated CoTs", "on the CoTs of p_s", "on its own CoTs", "paper, training → own CoTs"]
-    text += "\n## Whose CoTs?\n\n" + table(header, rows) + "\n"
+
+def whose_cots(report: dict, cells: Cells) -> str:
+    """Return the RMSE of p_s and p_tract on whose CoTs, and how much of a prediction is the CoT's."""
+    rows = []
+    for name, row, of_p_s, paper in (
+        ("p_s", "a1", cells.test, ".12 → .63"),
+        ("p_tract", "tract", "p_s", ".45 → .45"),
+    ):
+        on = [cells.mean(row, "rmse", test=test) for test in ("annotated", of_p_s, cells.test)]
+        rows.append([name, *on, paper])
+    head = ["RMSE of", "on annotated CoTs", "on the CoTs of p_s", "on its own CoTs"]
+    text = "## Whose CoTs?\n\n" + table([*head, "paper, training → own CoTs"], rows) + "\n"
     rows = []
     for row, of in report["variance"].items():
         within, between = (sum(of[part]) / len(of[part]) for part in ("within", "between"))
         rows.append([row, f"{within:.3f}", f"{between:.3f}", f"{within / (within + between):.0%}"])
-    header = ["variance of the prediction", "between CoTs of one record", "between records", "share of the CoT"]
-    text += table(header, rows)
+    head = ["variance of the prediction", "between CoTs of one record", "between records", "share of the CoT"]
+    return text + table(head, rows)
 
+
+def sweeps(cells: Cells) -> str:
+    """Return the table of the rows in which one setting differs."""
     rows = []
     for label, row, first in SWEEPS:
-        if (row, test, "rail") not in cells.of:
-            continue
-        rows.append([
-            label, cells.mean(row, "pearson"), cells.mean(row, "rmse"), cells.mean(row, "pearson", test="test_ood"),
-            cells.difference(row, "pearson"), cells.mean(first, "pearson"), cells.mean(first, "rmse"),
-        ])  # fmt: skip
-    header = ["what changes", "r", "RMSE", "r, out of domain", "Δr", "stage 1 alone, r", "stage 1 alone, RMSE"]
-    text += "\n## One setting at a time\n\nΔr is to TRACT; with 300 records, of CE to TRACT.\n\n" + table(header, rows)
+        if (row, cells.test, "rail") in cells.of:
+            own = [cells.mean(row, "pearson"), cells.mean(row, "rmse"), cells.mean(row, "pearson", test=OOD)]
+            alone = [cells.mean(first, "pearson"), cells.mean(first, "rmse")]
+            rows.append([label, *own, cells.difference(row, "pearson"), *alone])
+    head = ["what changes", "r", "RMSE", "r, out of domain", "Δr", "stage 1 alone, r", "stage 1 alone, RMSE"]
+    text = "## One setting at a time\n\nΔr is to TRACT; with 300 records, of CE to TRACT.\n\n"
+    return text + table(head, rows)
 
+
+def scale(cells: Cells) -> str:
+    """Return the table of score grids that are coarser than the targets."""
     rows = []
-    for grid in ("15", "135", "12345"):
-        for targets in ("real", "rounded"):
-            for test_on, where in ((test, "in"), ("test_ood", "out of")):
-                ce, tract = f"{targets}-{grid}-ce", f"{targets}-{grid}-tract"
-                if (ce, test_on, "rail") not in cells.of or (tract, test_on, "rail") not in cells.of:
-                    continue
-                rows.append([
-                    " ".join(grid), targets, where,
-                    *(cells.mean(row, metric, test=test_on) for metric in ("pearson", "rmse") for row in (tract, ce)),
-                    cells.difference(ce, "pearson", test=test_on), cells.difference(ce, "rmse", test=test_on),
-                ])  # fmt: skip
-    header = ["grid", "training targets", "domain", "TRACT, r", "CE, r", "TRACT, RMSE", "CE, RMSE", "Δr of CE", "ΔRMSE of CE"]
-    text += "\n## Grids coarser than the targets\n\nStage 2 with either loss on the same CoTs, those of p_s; CoT-RAIL; "
-    text += "all tested on real-valued targets.\n\n" + table(header, rows)
-    return text
+    for grid, targets, where in itertools.product(GRIDS, ("real", "rounded"), ("in", "out of")):
+        ce, tract = f"{targets}-{grid}-ce", f"{targets}-{grid}-tract"
+        test = cells.test if where == "in" else OOD
+        if (ce, test, "rail") in cells.of and (tract, test, "rail") in cells.of:
+            means = [cells.mean(row, m, test=test) for m in ("pearson", "rmse") for row in (tract, ce)]
+            of_ce = [cells.difference(ce, m, test=test) for m in ("pearson", "rmse")]
+            rows.append([" ".join(grid), targets, where, *means, *of_ce])
+    head = ["grid", "training targets", "domain", "TRACT, r", "CE, r", "TRACT, RMSE", "CE, RMSE"]
+    text = "## Grids coarser than the targets\n\nStage 2 with either loss on the same CoTs, those of p_s; "
+    text += "CoT-RAIL; all tested on real-valued targets.\n\n"
+    return text + table([*head, "Δr of CE", "ΔRMSE of CE"], rows)
+
+
+def tables(report: dict) -> str:
+    cells = Cells(report["cells"])
+    parts = [methods(report, cells), claims(report), whose_cots(report, cells), sweeps(cells), scale(cells)]
+    return "\n".join(parts)
 
 
 def draw(report: dict, path: Path) -> None:
+    """Draw methods, whose CoTs, and grids side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,29 +190,34 @@ def draw(report: dict, path: Path) -> None:
     for label, row, color in (("p_s", "a1", "tab:blue"), ("p_tract", "tract", "tab:orange")):
         points = [(x, cells.of.get((row, t, "rail"))) for x, t in enumerate(("annotated", test))]
         if all(cell for _, cell in points):
-            middle.plot([x for x, _ in points], [c["rmse"]["per_seed"] for _, c in points], ".-", color=color, alpha=0.6)
+            values = [cell["rmse"]["per_seed"] for _, cell in points]
+            middle.plot([x for x, _ in points], values, ".-", color=color, alpha=0.6)
             middle.text(1.05, points[1][1]["rmse"]["mean"], label, color=color)
     middle.set_xticks([0, 1], ["annotated CoTs", "own CoTs"])
     middle.set(xlim=(-0.2, 1.4), ylabel="RMSE", title="whose CoTs?")
 
-    grids = ["15", "135", "12345"]
     for loss, color in (("ce", "tab:blue"), ("tract", "tab:orange")):
         for targets, style in (("real", "o-"), ("rounded", "s--")):
-            found = [cells.of.get((f"{targets}-{grid}-{loss}", test, "rail")) for grid in grids]
+            found = [cells.of.get((f"{targets}-{grid}-{loss}", test, "rail")) for grid in GRIDS]
             if all(found):
                 name = f"{'TRACT' if loss == 'tract' else 'CE'}, {targets} targets"
                 right.plot(range(3), [c["rmse"]["mean"] for c in found], style, color=color, label=name)
-    right.set_xticks(range(3), [" ".join(grid) for grid in grids])
-    right.set(xlabel="score grid", ylabel="RMSE on real-valued targets", title="grids coarser than the targets", ylim=(0, None))
+    right.set_xticks(range(3), [" ".join(grid) for grid in GRIDS])
+    right.set(xlabel="score grid", ylabel="RMSE on real-valued targets", ylim=(0, None))
+    right.set_title("grids coarser than the targets")
     if right.lines:
         right.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("metrics", nargs="?", type=Path, default=HERE / "metrics.json")
-    parser.add_argument("--out", type=Path, help="folder for tables.md and figure.png (default: that of the metrics)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of tables.md and figure.png; that of the metrics if none"
+    )
     args = parser.parse_args()
     report, out = json.loads(args.metrics.read_text("utf-8")), args.out or args.metrics.parent
     text = tables(report)

@@ -1,0 +1,209 @@
+"""Time the scripts of this checkout against those of another: the same work, in turns, in fresh processes.
+
+    git worktree add /tmp/before c779a78
+    python bench/speed.py --against /tmp/before --out results/speed/speed.json   # 20 minutes on 2 cores
+    python bench/speed.py --table results/speed/speed.json                       # the table of docs/speed.md
+
+The model is small and random, with Mistral's proportions; records have the lengths of MT-Bench judgements
+(median 1,310 tokens a prompt, 118 a CoT). For CoTs and judging both checkouts are made to write the CoTs of
+the data, so that both have the same work; they pay for sampling all the same. Losses, CoTs and scores have to
+agree. Seconds are those of the scripts' own run.json, without the imports.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# A process that drives a script imports that script's checkout, not this one
+sys.path.insert(0, sys.argv[2] if sys.argv[1:2] == ["--drive"] else str(ROOT))
+import runs  # noqa: E402
+
+MOST = 4096  # tokens of a CoT, at most
+TASKS = {  # name → script and options; what is not in both checkouts is sorted out in `command`
+    "training step": "stage1_train.py --epochs 1 --batch-size 4 --accumulation 1 --full",
+    "training step, LoRA": "stage1_train.py --epochs 1 --batch-size 4 --accumulation 1 --lora",
+    "writing CoTs": "gen_cot.py --batch-size 8",
+    "judging, 1 CoT a prompt": "predict.py --batch-size 8",
+    "judging, 5 CoTs a prompt": "predict.py --batch-size 10 --num-cots 5",
+    "scoring given CoTs": "predict.py --batch-size 8 --given cot",
+}
+
+
+def make_model(folder: Path, vocabulary: int, layers: int, hidden: int) -> None:
+    """Write a random checkpoint with the embedded task's tokenizer, its weights large: it heeds its input."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=7 * hidden // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 256),
+        sliding_window=None,
+        max_position_embeddings=8192,
+        initializer_range=0.2,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(3)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "data/tiny/seed").save_pretrained(folder)
+
+
+def make_records(path: Path, n: int) -> None:
+    """Write n records of real length: the embedded task's words, strung together."""
+    task = [json.loads(line) for line in (ROOT / "data/tiny/train.jsonl").read_text("utf-8").splitlines()]
+    words = {name: " ".join(record[name] for record in task).split() for name in ("prompt", "cot")}
+    sizes, rng = {"prompt": (1310, 0.39, 2800), "cot": (118, 0.275, 270)}, random.Random(3)
+    with open(path, "w", encoding="utf-8") as out:
+        for i in range(n):
+            record = {"id": f"r{i}", "score": 1 + i % 5}
+            for name, (median, spread, most) in sizes.items():
+                length = max(8, min(most, round(median * math.exp(rng.gauss(0, spread)))))
+                start = rng.randrange(len(words[name]) - length)
+                record[name] = " ".join(words[name][start : start + length])
+            out.write(runs.to_line(record))
+
+
+def dictate(data: Path, num_cots: int) -> None:
+    """Make gen_cot write the CoTs of the data: a row's random numbers say which row and step they are for."""
+    import torch
+    from transformers import AutoTokenizer
+
+    import gen_cot
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny/seed")
+    cots = {r["id"]: r["cot"] for r in map(json.loads, data.read_text("utf-8").splitlines())}
+    names, row_of, real = list(cots), {}, gen_cot.sample
+    written = torch.zeros(len(names) * num_cots * MOST, dtype=torch.long)
+    for i, k in itertools.product(range(len(names)), range(num_cots)):
+        row = row_of[f"0/{names[i]}/{k}"] = i * num_cots + k
+        text = f"{cots[names[(i + k) % len(names)]]} So the overall score is"
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        written[row * MOST : row * MOST + len(ids)] = torch.tensor(ids)
+
+    def sample(logits, so_far, uniform, *args, **options):
+        real(logits, so_far, torch.full_like(uniform, 0.5), *args, **options)
+        return written[uniform.long()]
+
+    gen_cot.sample = sample
+    gen_cot.random_numbers = lambda name, n: row_of[name] * MOST + torch.arange(n, dtype=torch.float64)
+
+
+def drive(script: str, data: Path, *arguments: str) -> None:
+    """Run a script of the checkout that was put first in sys.path, in this process."""
+    if script != "stage1_train.py":
+        num_cots = int(arguments[arguments.index("--num-cots") + 1]) if "--num-cots" in arguments else 1
+        dictate(data, num_cots)
+    sys.argv = [script, "--data", str(data), *arguments]
+    runs.run(importlib.import_module(script.removesuffix(".py")).main)
+
+
+def measure(root: Path, task: str, folder: Path, out: Path, threads: int) -> dict:
+    """Run a task in a fresh process; returns its seconds, its peak memory and what it found."""
+    script, *options = TASKS[task].split()
+    data = folder / ("train.jsonl" if script == "stage1_train.py" else "test.jsonl")
+    if "no --valid" not in (root / "stage1_train.py").read_text("utf-8") and script == "stage1_train.py":
+        options += ["--val-fraction", "0"]  # before --valid, a share was held out
+    command = [
+        sys.executable,
+        __file__,
+        "--drive",
+        root,
+        script,
+        data,
+        "--model",
+        folder / "model",
+        "--out",
+        out,
+        *options,
+    ]
+    log = open(f"{out}.log", "w", encoding="utf-8")
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise runs.Fault(f"{task} failed at {root}: {Path(log.name).read_text('utf-8')[-2000:]}")
+    if script == "stage1_train.py":
+        run = json.loads((out / "run.json").read_text("utf-8"))
+        found = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
+        seconds = run.get("tokens", run.get("counts", {}).get("tokens")) / run["tokens_per_second"]
+    else:
+        rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+        # Renormalised: a random model puts next to nothing on the scores
+        found = [p / sum(probs) for row in rows for probs in row.get("score_probs", []) for p in probs]
+        assert all(cot in {r["cot"] for r in rows} for row in rows for cot in row["cots"]), (
+            "other CoTs than dictated"
+        )
+        seconds = json.loads(out.with_suffix(".run.json").read_text("utf-8"))["wall_seconds"]
+    return {"seconds": seconds, "peak_mib": usage.ru_maxrss / 1024, "found": found}
+
+
+def table(report: dict) -> str:
+    """Return the measurements as a Markdown table."""
+    lines = [
+        "| task | times as long as before | peak memory, times as much | differ by at most |",
+        "| --- " * 4 + "|",
+    ]
+    for task, entry in report["tasks"].items():
+        ratios = sorted(now / before for before, now in zip(*entry["seconds"], strict=True))
+        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        peak = statistics.median(entry["peak_mib"][1]) / statistics.median(entry["peak_mib"][0])
+        lines.append(f"| {task} | {spread} | {peak:.2f} | {entry['differ']:.0e} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--drive"]:
+        return drive(sys.argv[3], Path(sys.argv[4]), *sys.argv[5:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
+    parser.add_argument("--against", type=Path, help="the other checkout")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to time")
+    parser.add_argument("--rounds", type=runs.COUNT, default=3, help="turns that each checkout gets")
+    parser.add_argument("--vocabulary", type=runs.COUNT, default=32000, help="of the random model")
+    parser.add_argument("--layers", type=runs.COUNT, default=4, help="of the random model")
+    parser.add_argument("--hidden", type=runs.COUNT, default=256, help="size of the random model")
+    parser.add_argument("--train", type=runs.COUNT, default=32, help="records to train on")
+    parser.add_argument("--test", type=runs.COUNT, default=12, help="records to judge")
+    parser.add_argument("--threads", type=runs.COUNT, default=1, help="of a CPU")
+    parser.add_argument("--out", type=Path, help="JSON file to write; None: only print")
+    parser.add_argument("--table", type=Path, help="only print the table of this JSON file")
+    args = parser.parse_args()
+    if args.table:
+        return print(table(json.loads(args.table.read_text("utf-8"))))
+    report = {"arguments": vars(args), "order": "before, now", "tasks": {}}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder / "model", args.vocabulary, args.layers, args.hidden)
+        make_records(folder / "train.jsonl", args.train)
+        make_records(folder / "test.jsonl", args.test)
+        for task in args.tasks:
+            turns = [[], []]
+            for i, (turn, root) in itertools.product(range(args.rounds), enumerate((args.against, ROOT))):
+                out = folder / f"{task.replace(' ', '-')}-{i}-{turn}{'' if 'training' in task else '.jsonl'}"
+                turns[turn].append(measure(root.resolve(), task, folder, out, args.threads))
+            found = [turn[0]["found"] for turn in turns]
+            differ = max((abs(a - b) for a, b in zip(*found, strict=True)), default=0.0)
+            entry = {key: [[m[key] for m in turn] for turn in turns] for key in ("seconds", "peak_mib")}
+            report["tasks"][task] = entry | {"differ": differ}
+            print(task, json.dumps(report["tasks"][task]), flush=True)
+    if args.out:
+        runs.write_whole(args.out, json.dumps(report, indent=1, default=str) + "\n")
+    print(table(report))
+
+
+if __name__ == "__main__":
+    runs.run(main)

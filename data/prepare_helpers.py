@@ -1,0 +1,69 @@
+"""Read and clean the files of other people's data sets, for the prepare.py of each."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from records import InputError
+
+
+def read_items(path: str) -> list:
+    """Read the rows of a JSON array or a JSONL file, objects or not. Raises InputError for any other file."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; download it first")
+    number = 1
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        if text.lstrip().startswith("["):
+            items = json.loads(text)
+        else:
+            items = []
+            for line in text.split("\n"):
+                items += [json.loads(line)] if line.strip() else []
+                number += 1
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}:{number}: neither a JSON array nor JSONL ({error})") from None
+    if not items:
+        raise InputError(f"{path}: no rows in it; was it cut off while being downloaded?")
+    return items
+
+
+def sort_out(made: list[dict | str], path: str) -> tuple[list[dict], str]:
+    """Split what rows became into records, in their order, and lines that count the reasons for the others.
+
+    Raises InputError where nothing could be kept.
+    """
+    kept, reasons = [], {}
+    for number, record in enumerate(made):
+        if isinstance(record, dict):
+            kept.append(record)
+        else:
+            reasons.setdefault(record, []).append(number)
+    if not kept:
+        first = made[0] if made else "there is none"
+        raise InputError(f"{path}: nothing to keep, row 0: {first}; is it the right file?")
+    lines = []
+    for reason, rows in reasons.items():
+        examples = ", ".join(map(str, rows[:3])) + (", …" if len(rows) > 3 else "")
+        lines.append(f"left out {len(rows)}: {reason} (row {examples})\n")
+    return kept, "".join(lines)
+
+
+def is_text(value: Any) -> bool:
+    """Tell whether a value is a text, not empty, that UTF-8 can hold: half of a surrogate pair it can't."""
+    try:
+        return isinstance(value, str) and bool(value.encode().strip())
+    except UnicodeEncodeError:
+        return False
+
+
+def clean_prompt(instruction: str) -> str:
+    """Cut a Prometheus prompt after its closing "###Feedback:"; some files put quotes and commas there."""
+    before, marker, after = instruction.rpartition("###Feedback:")
+    return before + marker if marker and not after.strip(" \n\"',") else instruction.strip()
+
+
+def clean_cot(feedback: str) -> str:
+    """Cut a feedback where it announces the score ("So the overall", else "[RESULT]"), as the paper does."""
+    cot = feedback.partition("So the overall")[0].partition("[RESULT]")[0]
+    return cot.removeprefix("Feedback:").strip()
