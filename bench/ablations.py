@@ -151,7 +151,7 @@ def run_all(commands: dict[str, str], jobs: int) -> None:
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     make = ["make", "--file=-", f"--jobs={jobs}", "--no-print-directory"]
     if subprocess.run(make, input="\n".join(rules), text=True, env=os.environ | threads).returncode:
-        raise runs.Fault("stopped, the .log named last says why; the same command goes on with what is there")
+        raise runs.Fault("not made what make names above, its .log says why; the same command goes on")
 
 
 def readings(path: str) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, float]]:
@@ -197,10 +197,9 @@ def bootstrap(column: np.ndarray, true: np.ndarray, resamples: int) -> dict[str,
 
 
 def summarise(folders: list[str], rows: list[str], split: str, resamples: int) -> dict:
-    """Return the metrics of every row, test and reading, and the differences to the row's reference.
+    """Return the metrics of every row, test and reading, and the differences to its reference by CoT-RAIL.
 
-    Differences are to the reference read by CoT-RAIL, with 95 % intervals over seeds and records. Raises
-    InputError where rows were not tested on the same records.
+    Raises InputError where rows were not tested on the same records.
     """
     true, samples, cells, claims, variance = {}, {}, [], [], {}
     for row in tqdm(rows, desc="bootstrap", unit="row", dynamic_ncols=True):
@@ -259,14 +258,14 @@ def main() -> None:
     settings = runs.read_json(args.settings)
     os.chdir(ROOT)
     rows = [name for row in args.rows for name in GROUPS.get(row, [row])]
-    folders, commands = [f"{args.out}/seed{seed}" for seed in args.seeds], {}
-    for folder, seed in zip(folders, args.seeds, strict=True):
+    folders, commands = {seed: f"{args.out}/seed{seed}" for seed in args.seeds}, {}
+    for seed, folder in folders.items():
         commands |= commands_of(folder, seed, rows, settings, args.split, args.num_cots)
     if args.show:
         return print("\n".join(commands.values()))
     run_all(commands, args.jobs)
     report = {"settings": settings, "seeds": args.seeds, "split": args.split, "resamples": args.resamples}
-    report |= summarise(folders, rows, args.split, args.resamples)
+    report |= summarise([*folders.values()], rows, args.split, args.resamples)
     report["ideal"] = {
         test: ideal.metrics(f"data/tiny/{test}.jsonl", real="real" in test) for test in report["records"]
     }

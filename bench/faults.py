@@ -2,8 +2,8 @@
 
     python bench/faults.py --out results/faults/faults.json  # six minutes on 2 cores
 
-Each of the four stages runs undisturbed; killed with SIGKILL at random points, with the same command given again;
-and with a limit on the size of a file, which is what a full disk looks like. Its files have to be the same bytes.
+Each of the four stages runs undisturbed, then killed with SIGKILL at random points and started again, then
+with a limit on the size of a file, as on a full disk. What it writes has to be the same in every byte.
 """
 
 import argparse
@@ -64,8 +64,8 @@ def kill(before: Path, out: Path, kills: int) -> dict:
         process.kill()
         found["killed"] += process.wait() == -signal.SIGKILL
         found["left_work"] += bytes_kept(out) > 0
-    code = 0 if out.exists() else start(before, out).wait()
-    return found | {"exit_code": code, "differs": content(out) != whole}
+    found["exit_code"] = 0 if out.exists() else start(before, out).wait()
+    return found | {"differs": content(out) != whole}
 
 
 def fill_disk(before: Path, out: Path) -> dict:

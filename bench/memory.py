@@ -10,6 +10,7 @@ bf16, from the shapes alone; what CUDA and its allocator take comes on top. --me
 batches in stage 1's loop, on small random models of the real proportions, in fp32 and bf16.
 """
 
+import contextlib
 import itertools
 import sys
 import tempfile
@@ -36,10 +37,6 @@ SHAPES = {  # transformers' defaults are those of Mistral-7B; no hub is needed f
     "llama-3.1-8b": LlamaConfig(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8),
 }
 SMALL = {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 8, "num_attention_heads": 8}
-MEASURED = {
-    f"{name}, scaled down": type(config)(vocab_size=config.vocab_size, num_key_value_heads=2, **SMALL)
-    for name, config in SHAPES.items()
-}
 
 
 def estimate(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, checkpointing: bool) -> dict:
@@ -111,32 +108,33 @@ def measure(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, c
 
     with (
         tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(sys.stderr),
         patch.multiple(models, load_model=load, has_bf16=lambda: bf16),
         patch.object(stage1_train, "has_bf16", lambda: bf16),
     ):
         return peak_of(run)
 
 
-def print_table(shapes: dict, precisions: list[bool], batches: list[tuple[int, int, int]], cell) -> None:
-    """Print cell(config, lora, batch, bf16, checkpointing) of every case."""
-    rows = []
-    for name, lora, bf16, batch in itertools.product(shapes, (8, None), precisions, batches):
-        trained = ("LoRA" if lora else "all weights") + ("" if bf16 else ", fp32")
-        cells = [cell(shapes[name], lora, batch, bf16, checkpointing) for checkpointing in (True, False)]
-        rows.append([name, trained, batch[0], *cells])
-    length = f"sequences of {batches[0][1]:,} tokens"
-    print(table(["model", "trained", length, "checkpointed", "all activations kept"], rows), end="")
-
-
 def fit() -> None:
     """Print the estimates for the 7B and 8B models."""
-    batches = [(1, 3000, 250), (4, 3000, 250)]
-    print_table(SHAPES, [True], batches, lambda *case: f"{sum(estimate(*case).values()) / 2**30:.0f} GiB")
+    rows = []
+    for name, lora, n in itertools.product(SHAPES, (8, None), (1, 4)):
+        ways = [estimate(SHAPES[name], lora, (n, 3000, 250), True, way) for way in (True, False)]
+        sums = [f"{sum(parts.values()) / 2**30:.0f} GiB" for parts in ways]
+        rows.append([name, "LoRA" if lora else "all weights", n, *sums])
+    head = ["model", "trained", "sequences of 3,000 tokens", "checkpointed", "all activations kept"]
+    print(table(head, rows), end="")
 
 
-def compare(*case) -> str:
-    expected, measured = sum(estimate(*case).values()), measure(*case)
-    return f"{measured / 2**20:.0f} MiB measured, estimate {expected / measured:.3f} of it"
+def compare() -> None:
+    """Print measurements, and estimates as a share of them."""
+    for name, *how in itertools.product(SHAPES, (8, None), (True, False), (True, False)):
+        lora, bf16, checkpointing = how
+        config = type(SHAPES[name])(vocab_size=SHAPES[name].vocab_size, num_key_value_heads=2, **SMALL)
+        case = (config, lora, (4, 512, 128), bf16, checkpointing)
+        expected, measured = sum(estimate(*case).values()), measure(*case)
+        facts = f"{measured / 2**20:.0f} MiB measured, {expected / measured:.3f} of it estimated"
+        print(f"{name} made small, {lora=}, {bf16=}, {checkpointing=}: {facts}", flush=True)
 
 
 def main() -> None:
@@ -147,10 +145,8 @@ def main() -> None:
     add("--fit", action="store_true", help="print a table for the 7B and 8B models instead")
     add("--measure", action="store_true", help="compare estimates with measurements instead")
     args = parser.parse_args()
-    if args.fit:
-        return fit()
-    if args.measure:
-        return print_table(MEASURED, [True, False], [(4, 512, 128)], compare)
+    if args.fit or args.measure:
+        return fit() if args.fit else compare()
     try:
         name = models.resolve(models.base_of(args.model) or args.model)
         config = SHAPES.get(args.model) or AutoConfig.from_pretrained(name)

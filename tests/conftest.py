@@ -4,10 +4,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from importlib import import_module, resources
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may need the hub
 
@@ -91,13 +89,13 @@ def run(script: str, *arguments) -> None:
         import_module("runs").run(import_module(script).main)
 
 
-class Lab(NamedTuple):
+class Lab:
     """Offer what most tests need: records, files and the scripts' own words."""
 
-    path: Path
-    rows: list[dict]
-    capsys: pytest.CaptureFixture
-    run: Callable = run
+    run = staticmethod(run)
+
+    def __init__(self, path: Path, rows: list[dict], capsys: pytest.CaptureFixture):
+        self.path, self.rows, self.capsys = path, rows, capsys
 
     def fail(self, script: str, *arguments) -> tuple[int, str]:
         """Run a script that has to fail; returns its exit code and all that it said."""

@@ -9,6 +9,8 @@ from conftest import ROOT
 
 from data.feedback_collection.prepare import is_held_out
 
+LEFT_OUT = re.compile(r"left out (\d+: \S+ \S+)")  # how many, and the first words of the reason
+
 
 def prepare(name: str, *arguments) -> str:
     """Run a prepare.py by its path; returns all that it says."""
@@ -16,15 +18,9 @@ def prepare(name: str, *arguments) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
 
 
-def left_out(said: str) -> list[str]:
-    """Return each count of rows left out, the first words of the reason, and the rows."""
-    return [" ".join(found) for found in re.findall(r"left out (\d+): (\S+ \S+).*\(row (.*)\)", said)]
-
-
 def test_feedback_collection_in_every_spelling_and_held_out_by_prompt(lab):
     """Keep scores as texts, numbers or [RESULT]; a prompt is held out whatever else is in the file."""
-    prompt, cot = 'Rate.\n###Feedback: ",\n', "Feedback: Good. So the overall score is 4. [RESULT] 4"
-    good = {"instruction": prompt, "output": cot}
+    good = {"instruction": 'Rate.\n###Feedback: ",\n', "output": "Feedback: Good. So the overall [RESULT] 4"}
     rows = [good | {"orig_score": score} for score in ("4", 4, 4.0, "4.0", None)]
     rows += [{"instruction": " The ###Feedback: of me. ", "orig_feedback": "Bad. [RESULT] 1"}, "text", None]
     rows += [good | {"instruction": " "}, good | {"instruction": "\ud800"}, good | {"output": "[RESULT] 3"}]
@@ -37,7 +33,8 @@ def test_feedback_collection_in_every_spelling_and_held_out_by_prompt(lab):
     assert made[:5] == [{"id": f"fc-{i:06}"} | same for i in range(5)]
     assert made[5] == {"id": "fc-000005", "prompt": "The ###Feedback: of me.", "cot": "Bad.", "score": 1}
     assert "209 rows read, 202 kept, 197 of them without" in said and "valid.jsonl: is empty" in said
-    assert left_out(said) == ["2 not an 6, 7", "2 no text 8, 9", "1 no feedback 10", "2 no score 11, 12"]
+    assert LEFT_OUT.findall(said) == ["2: not an", "2: no text", "1: no feedback", "2: no score"]
+    assert "neither in 'orig_score' nor as '[RESULT] 4' (row 11, 12)" in said
 
     prepare(*how, 0.3)
     train, valid = ({row["prompt"] for row in lab.read(f"{name}.jsonl")} for name in ("train", "valid"))
@@ -53,9 +50,8 @@ def test_bench_items_with_one_label_or_several(lab):
     file.write_text("\n\n".join(map(json.dumps, items)))
     said = prepare("prometheus_bench", file, "--out", out, "--train", lab.path / "train.jsonl")
     assert "5 items read, 3 kept" in said and "6 feedbacks read, 4 kept" in said
-    assert left_out(said) == ["1 'gpt4_score' is 1", "1 not an 3", "1 no text 1", "1 no label 4"]
-    made = [(row["id"][-4:], row["score"]) for row in lab.read("test.jsonl")]
-    assert made == [("0000", 3.5), ("0002", 3.5), ("0004", 4)]
+    assert LEFT_OUT.findall(said) == ["1: 'gpt4_score' is", "1: not an", "1: no text", "1: no label"]
+    assert [row["score"] for row in lab.read("test.jsonl")] == [3.5, 3.5, 4]
     made = [(row["id"][-6:], row["cot"], row["score"]) for row in lab.read("train.jsonl")]
     assert made == [("0000-1", "Fine.", 3), ("0002-1", "a", 3), ("0002-2", "b", 4), ("0004-1", "Good.", 4)]
     prepare("prometheus_bench", file, "--out", out, "--label", "human_score")
@@ -75,11 +71,10 @@ def test_committed_tiny_data_is_what_its_script_makes(lab):
 
 
 def test_the_readme_is_short_and_links_lead_to_what_they_name():
-    """A function in the text of a link to a .py file is defined there."""
     assert len((ROOT / "README.md").read_bytes()) <= 12_000
     for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
-        for text, target in re.findall(r"\[([^]]*)\]\(([^):#]+)\)", page.read_text("utf-8")):
-            source = (page.parent / target).read_text("utf-8") if target.endswith(".py") else ""
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
-            for name in re.findall(r"`(\w+)`", text) if source else ():
-                assert re.search(rf"^(def|class) {name}\b", source, re.M), f"{page.name}: {name}"
+        for text, target in re.findall(r"\[([^]]*)\]\((?!http)([^)#]+)", page.read_text("utf-8")):
+            linked = page.parent / target
+            assert linked.exists(), f"{page.name}: {target}"
+            for name in re.findall(r"`(\w+)`", text) if target.endswith(".py") else ():
+                assert re.search(rf"^(def|class) {name}\b", linked.read_text("utf-8"), re.M), name

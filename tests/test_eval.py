@@ -62,7 +62,7 @@ def test_files_are_compared_in_pairs_and_all_is_counted(lab):
 
 
 def test_other_values_fewer_cots_and_renormalised(lab):
-    """Predictions are computed anew. Half the mass is on the true score; a second CoT says the opposite."""
+    """Predictions are computed anew: half the mass is on x or, after a second CoT, on 100 − x."""
     rows = predictions(30)
     for i, row in enumerate(rows):
         half = [p / 2 for p in row["score_probs"][0]]
@@ -70,8 +70,7 @@ def test_other_values_fewer_cots_and_renormalised(lab):
         row["score"] = 25 * (row["score"] - 1)
     arguments = [lab.write("p.jsonl", rows), "--grid", "1=0,2=25,3=50,4=75,5=100"]
     both, printed = evaluate(lab, *arguments)
-    # Half of the mean of x and 100 − x is constant
-    assert both["prediction"]["pearson"]["value"] is None and "undefined" in printed
+    assert both["prediction"]["pearson"]["value"] is None and "undefined" in printed  # constant
     assert both["prediction"]["mae"]["value"] == pytest.approx(np.mean([abs(r["score"] - 25) for r in rows]))
     assert (both["cots"], both["unfinished_rate"], both["off_grid_mean"]) == (60, 1 / 60, 0.4)
     first, _ = evaluate(lab, *arguments, "--cots", 1, "--renormalise")
@@ -82,8 +81,7 @@ def test_what_cannot_be_compared_is_refused(lab):
     path, out = lab.write("p.jsonl", predictions(2)), ("--out", lab.path / "eval")
     wrong = {"scores differ": {"score": 1.5}, "is missing": {"decoded": None}, "in common": {"id": "x"}}
     for message, change in wrong.items():
-        other = lab.write("q.jsonl", [predictions(1)[0] | change])
-        assert message in lab.fail("eval", path, other, *out)[1]
+        assert message in lab.fail("eval", path, lab.write("q.jsonl", [predictions(1)[0] | change]), *out)[1]
     assert "'r0' has fewer CoTs than --cots 2" in lab.fail("eval", path, "--cots", 2, *out)[1]
     assert "is given twice" in lab.fail("eval", path, path, *out)[1] and not out[1].exists()
     assert "is there already" in lab.fail("eval", path, "--out", lab.path)[1]

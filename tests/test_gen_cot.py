@@ -75,6 +75,15 @@ def test_a_cot_that_ends_at_its_suffix_comes_with_its_scores(request, name, monk
     assert next(steps) == len(ids)  # a step a token, and one for the scores
 
 
+def test_a_cot_that_training_would_encode_otherwise_is_to_be_read_again(gpt2_tokenizer, monkeypatch):
+    judge, steps = judge_of(gpt2_tokenizer), iter(range(100))
+    letters = [gpt2_tokenizer(letter).input_ids[0] for letter in "The answer is good."]
+    ids = [*letters, *judge.suffix_ids, 7]
+    monkeypatch.setattr(gen_cot, "sample", lambda logits, *_: torch.full((len(logits),), ids[next(steps)]))
+    ((cot,),) = written(judge, ["Why?"])
+    assert (cot.text, cot.finished, cot.scores) == ("The answer is good.", True, None)
+
+
 @pytest.mark.parametrize("at_once", [16, 5, 1])
 def test_rows_end_others_take_their_place_and_no_cot_depends_on_it(gpt2_tokenizer, at_once, monkeypatch):
     """A small vocabulary: among 32,000 nearly equal probabilities another batch's rounding may matter."""

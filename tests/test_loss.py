@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from loss import cot_raft_loss, rail
 
@@ -72,11 +71,9 @@ def test_micro_batches_add_up_to_the_whole_step(cuts):
     torch.testing.assert_close((value, parts.grad), (total, whole.grad), atol=1e-12, rtol=0)
 
 
-def test_gradcheck_plain_cross_entropy_and_bf16_in_fp32():
+def test_gradcheck_and_that_bf16_is_computed_in_fp32():
     logits, batch = random_batch(1)
     assert torch.autograd.gradcheck(lambda x: cot_raft_loss(x, **batch, **FIVE).total, (logits,))
-    plain = cot_raft_loss(logits, **batch, **FIVE, lam=0.0).total
-    torch.testing.assert_close(plain, F.cross_entropy(logits, batch["targets"]))
     half = logits.detach().bfloat16()
     ours, exact = (cot_raft_loss(x, **batch, **FIVE).ce for x in (half, half.float()))
     assert ours == exact and ours.dtype == torch.float32

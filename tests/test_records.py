@@ -27,7 +27,6 @@ BAD_LINES = {  # what the message says → second lines of a file
     "is no text": [OWN | {"rubric": ["Good?"]}, OWN | {"response": " "}],
     "id 'a' was already used in line 1": [GOOD],
     "this stage needs id, prompt, cot, score; or instruction, response and rubric": [{"id": "b"}],
-    "'cots' is missing": [COTS | {"cots": None}],
     "'cot' holds 'So the overall score is'; end it before": [NEXT | {"cot": f"Bad.{SUFFIX}1"}],
     "lies outside the grid (1 to 5)": [NEXT | {"score": 0.99}, NEXT | {"score": 5.01}],
     "'cots' does not hold one entry a CoT": [COTS | {"cots": x} for x in ("cd", ["c"], ["c", 1])],
@@ -50,8 +49,8 @@ def test_a_bad_line_is_named_with_what_is_wrong(message, tmp_path):
 def test_a_script_ends_with_that_line_and_writes_nothing(lab):
     lab.write("bad", [GOOD, NEXT | {"score": 6}]), lab.write("empty", [])
     for wrong in ("bad:2: score 6 lies outside", "empty: no records in it", "none: no such file"):
-        path = lab.path / wrong.partition(":")[0]
-        code, said = lab.fail("stage1_train", "--data", path, "--out", lab.path / "out")
+        data = "--data", lab.path / wrong.partition(":")[0]
+        code, said = lab.fail("stage1_train", *data, "--out", lab.path / "out")
         assert code == 2 and said.startswith(f"{lab.path}/{wrong}") and said.count("\n") == 1
         assert not list(lab.path.glob("out*"))
 
@@ -70,13 +69,12 @@ def test_prompts_of_ones_own_are_rendered(lab):
     first, second, third = read_records(lab.write("own.jsonl", rows), Grid())
     assert [first["id"], second["id"], third["id"], third["prompt"]] == ["1", "b", "3", "As it is."]
     assert "a reference answer that gets a score of 5, and a score rubric" in first["prompt"]
-    assert "evaluate:\nДай {x}\n\n###Response to evaluate:\nลองดู\n\n###Reference Ans" in first["prompt"]
-    end = "wer (Score 5):\nx\n\n###Score Rubrics:\n[Good?]\nScore 1: No.\nScore 5: Yes.\n\n###Feedback:"
-    assert first["prompt"].endswith(end)
+    assert "Дай {x}\n\n###Response to evaluate:\nลองดู\n\n###Reference Answer (Score 5):\nx" in first["prompt"]
+    assert first["prompt"].endswith("Rubrics:\n[Good?]\nScore 1: No.\nScore 5: Yes.\n\n###Feedback:")
     assert "eference" not in second["prompt"] and "###Score Rubrics:\nUseful?\n\n" in second["prompt"]
 
 
-def test_grid_values_nearest_token_and_what_is_no_grid():
+def test_grid_values_nearest_token_and_options_that_are_refused():
     grid = Grid.parse("1=0, 3=50,5=100", "[RESULT]")
     assert grid == (("1", "3", "5"), (0, 50, 100), " [RESULT] ") == Grid.parse(str(grid), grid.suffix)
     assert [grid.tokens[grid.nearest(s)] for s in (0, 24.9, 25, 75, 100)] == ["1", "1", "3", "5", "5"]
@@ -87,9 +85,6 @@ def test_grid_values_nearest_token_and_what_is_no_grid():
             Grid.parse(wrong)
     with pytest.raises(InputError, match="--suffix is empty"):
         Grid.parse("1,2", " ")
-
-
-def test_options_that_are_numbers_have_a_range_without_infinity():
     wrong = {runs.COUNT: "0", runs.SEED: "-1 4294967296", runs.WEIGHT: "-0.1 inf nan", runs.SHARE: "-0.1 1.1"}
     for kind, text in ((kind, text) for kind, texts in wrong.items() for text in texts.split()):
         with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is not between"):

@@ -19,7 +19,7 @@ import runs
 import stage1_train
 from encode import Example
 from loss import cot_raft_loss
-from models import TINY_SEED
+from models import TINY_SEED, head
 from stage1_train import make_parser, windows
 
 VOCABULARY, SCORES = 23, [3, 4, 5, 6, 7]
@@ -62,9 +62,13 @@ def test_any_split_gives_the_same_losses_and_weights(extra, tmp_path, monkeypatc
     """Also where the head sees a few rows at a time, with several scores among them or none."""
     lines, weights, _ = fit(tmp_path / "whole", 8, 1, *extra)
     assert len(lines) == 6 and all(line["taken"] for line in lines)
+    seen = []  # rows that the head is applied to at once: never a prompt's, never more than LOGITS allow
+    monkeypatch.setattr(stage1_train, "head", lambda model, x: seen.append(len(x)) or head(model, x))
     for i, (batch_size, accumulation, rows) in enumerate([(4, 2, 1000), (1, 8, 1000), (8, 1, 7), (2, 4, 1)]):
         monkeypatch.setattr(stage1_train, "LOGITS", rows * VOCABULARY)
+        seen.clear()
         other_lines, other_weights, _ = fit(tmp_path / str(i), batch_size, accumulation, *extra)
+        assert max(seen) <= rows and sum(seen) == 2 * sum(e.supervised for e in examples(19) + examples(5))
         for a, b in zip(lines, other_lines, strict=True):
             assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
             assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
