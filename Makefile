@@ -4,7 +4,7 @@
 #   make sweep LAMBDAS="0.3 1 3"
 #                        both stages with each λ, judged on held-out prompts with CoTs of their own, under out/sweep
 #                        (MODEL=... TRAIN=... VALID=... for another model and data)
-#   make ablations       every method of the paper's table and its ablations, five seeds, files under out/ablations
+#   make ablations       every method of the paper's table, and the losses one by one, five seeds, files under out/ablations
 #                        (make ablations ROWS="tract a1" SEEDS="1 2")
 #   make test            the tests
 #   make clean           remove out/demo and out/sweep
@@ -20,7 +20,7 @@ TRAIN   ?= $(TINY)/train.jsonl
 VALID   ?= $(TINY)/valid.jsonl
 LAMBDAS ?= 0.3 1 3
 
-ROWS    ?= main sweeps scale
+ROWS    ?= main loss
 SEEDS   ?= 1 2 3 4 5
 
 ifneq ($(words $(OUT) $(SWEEP)),2)

@@ -1,4 +1,5 @@
-"""The two formulas of TRACT (arXiv 2503.04381): the RAIL predictor and the CoT-RAFT loss; tensors in and out.
+"""The two formulas of TRACT (arXiv 2503.04381), the RAIL predictor and the CoT-RAFT loss, tensors in and out;
+and what else may stand for the loss's two parts at the score: the cross-entropy and the penalty.
 
 Letters: R supervised rows (positions whose next token carries loss), B sequences, V vocabulary, S scores.
 """
@@ -23,7 +24,7 @@ def rail(logits: Tensor, *, score_ids: Tensor, score_values: Tensor) -> Rail:
 
     logits        (..., V)  at the position that predicts the score, any float type
     score_ids     (S,)      token ids of the score grid
-    score_values  (S,)      what those tokens are worth
+    score_values  (S,)      what those tokens are worth, ascending
 
     The softmax runs over the whole vocabulary and is not renormalised over the scores, in fp32 at least.
 
@@ -35,10 +36,43 @@ def rail(logits: Tensor, *, score_ids: Tensor, score_values: Tensor) -> Rail:
     return Rail(probs @ score_values.to(probs.dtype), 1 - probs.sum(-1), probs)
 
 
+def two_hot(true_scores: Tensor, score_values: Tensor) -> Tensor:
+    """Split each true score between its two neighbours on the grid, so that its mean is kept: (B,) → (B, S).
+
+    Worked example: on the grid 1, 5 a true score of 4 becomes (.25, .75); on the grid 1, 3, 5, (0, .5, .5).
+    """
+    up_to = ((score_values[1:] - true_scores[:, None]) / score_values.diff()).clamp(0, 1)  # (B, S − 1)
+    return F.pad(F.pad(up_to, (1, 0)), (0, 1), value=1).diff()  # from cumulated shares to shares
+
+
+def penalty_of(kind: str, logits: Tensor, true_scores: Tensor, score_ids, score_values) -> Tensor:
+    """Return what λ weighs, (B,): how far each score distribution is from its true score y.
+
+    squared  (Σ_v p(v) · v − y)², RAFT's. Least where the expected score is the mean of y. Mass off the grid
+             is worth 0, and so is punished.
+    rps      Σ_k (v_k+1 − v_k) · (P_k − T_k)², the ranked probability score (Epstein 1969), with P and T the
+             cumulated p and two_hot(y). Proper: least where p is the distribution of y, not its mean alone.
+    ntl      Σ_v p(v) · |v − y|, the number-token loss (arXiv 2411.02083). Least at a median of y.
+
+    For rps and ntl, p is renormalised over the scores: off-grid mass costs nothing here, only in the CE.
+
+    Worked example: logits (B, V) as in `rail`, so p is .2 and .6 on the scores 1 and 5, and y = 4. squared is
+    (3.2 − 4)² = .64, rps 4 · (.25 − .25)² = 0, ntl .25 · 3 + .75 · 1 = 1.5.
+    """
+    if kind == "squared":
+        expected = rail(logits, score_ids=score_ids, score_values=score_values).expected
+        return (expected - true_scores).square()
+    probs = logits[:, score_ids].softmax(-1)  # (B, S)
+    if kind == "ntl":
+        return (probs * (score_values - true_scores[:, None]).abs()).sum(-1)
+    cumulated = (probs - two_hot(true_scores, score_values)).cumsum(-1)[:, :-1]  # P − T, (B, S − 1)
+    return (cumulated.square() * score_values.diff()).sum(-1)
+
+
 class Loss(NamedTuple):
-    total: Tensor  # ce_weight · ce + lam · squared_error, with gradient
+    total: Tensor  # ce_weight · ce + lam · penalty, with gradient
     ce: Tensor  # cross-entropy, normalised, detached
-    squared_error: Tensor  # mean squared error, normalised, detached
+    penalty: Tensor  # mean penalty, by default the squared error, normalised, detached
 
 
 def cot_raft_loss(
@@ -50,8 +84,9 @@ def cot_raft_loss(
     score_ids: Tensor,
     score_values: Tensor,
     lam: float = 1.0,
+    penalty: str = "squared",
     ce_weight: float = 1.0,
-    score_in_ce: bool = True,
+    score_ce: str = "token",
     ce_sum: bool = False,
     n_tokens: int | None = None,
     n_sequences: int | None = None,
@@ -64,9 +99,12 @@ def cot_raft_loss(
     targets       (R,)    the token each row has to predict
     is_score      (R,)    bool, True on the B rows that predict a score
     true_scores   (R,)    y*, real-valued, on those rows; what it holds on the others does not matter
-    lam           λ, the weight of the squared error (score units squared); 0 leaves plain CE
-    ce_weight     weight of the CE; 0 leaves pure RAFT
-    score_in_ce   the score token counts in the CE, as in the formula; False masks it (the authors' code)
+    lam           λ, the weight of the penalty; 0 leaves plain CE
+    penalty       squared (score units squared), rps or ntl (score units): see `penalty_of`
+    ce_weight     weight of the CE; 0 leaves the penalty alone
+    score_ce      what CE sees at the score: token, the grid token nearest to y* (the formula); two-hot, y*
+                  split between two tokens, −Σ_v t(v) log p(str(v)) with t = `two_hot`; or none (the authors'
+                  code). token and two-hot punish off-grid mass.
     ce_sum        sum the CE over a sequence (the formula) instead of taking the mean over tokens (the code)
     n_tokens      CE tokens of the whole optimiser step, n_sequences its sequences: with these as divisors the
                   micro-batches of a step add up to the same however it is split. Default: this batch's own.
@@ -76,14 +114,15 @@ def cot_raft_loss(
     (3.2 − 5)² = 3.24, and with λ = 1 the loss is 3.842.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    in_ce = torch.ones_like(is_score) if score_in_ce else ~is_score
-    n_tokens = n_tokens if n_tokens is not None else int(in_ce.sum())
-    n_sequences = n_sequences if n_sequences is not None else int(is_score.sum())
-
+    at_score, true_scores = logits[is_score], true_scores[is_score].to(logits.dtype)  # (B, V), (B,)
     nll = F.cross_entropy(logits, targets, reduction="none")  # (R,)
+    if score_ce == "two-hot":
+        log_probs = at_score.log_softmax(-1)[:, score_ids]  # (B, S)
+        nll = nll.masked_scatter(is_score, -(two_hot(true_scores, score_values) * log_probs).sum(-1))
+    in_ce = ~is_score if score_ce == "none" else torch.ones_like(is_score)
+    n_tokens = n_tokens if n_tokens is not None else int(in_ce.sum())
+    n_sequences = n_sequences if n_sequences is not None else len(true_scores)
+
     ce = (nll * in_ce).sum() / max(n_sequences if ce_sum else n_tokens, 1)
-
-    expected = rail(logits[is_score], score_ids=score_ids, score_values=score_values).expected  # (B,)
-    squared_error = (expected - true_scores[is_score]).square().sum() / max(n_sequences, 1)
-
-    return Loss(ce_weight * ce + lam * squared_error, ce.detach(), squared_error.detach())
+    distance = penalty_of(penalty, at_score, true_scores, score_ids, score_values).sum() / max(n_sequences, 1)
+    return Loss(ce_weight * ce + lam * distance, ce.detach(), distance.detach())

@@ -56,9 +56,8 @@ def load_tokenizer(name: str):
         config = AutoConfig.from_pretrained(resolve(base_of(name) or name)).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(resolve(name))
     except (OSError, ValueError) as error:
-        raise cant(
-            name, f"neither a checkpoint nor on the hub; known are {', '.join(MODELS)}", error
-        ) from None
+        what = f"neither a checkpoint nor on the hub; known are {', '.join(MODELS)}"
+        raise cant(name, what, error) from None
     tokenizer.positions = getattr(config, "max_position_embeddings", None) or 10**9
     if not tokenizer.chat_template:
         print(f"{name}: no chat template; prompts are given as they are, with a newline after them")

@@ -35,9 +35,7 @@ def main() -> None:
     add = parser.how_many.add_argument
     add("--no-cot", action="store_true", help="write no CoT: plain RAIL")
     add("--given", choices=("cot", "cots"), help="score the CoTs in this field, write none")
-    parser.add_argument(
-        "--renormalise", action="store_true", help="divide by the mass on the grid (RAIL does not)"
-    )
+    parser.add_argument("--renormalise", action="store_true", help="divide by the mass on the grid")
     args = parser.parse_args()
     args.grid = runs.choose_grid(args)
 

@@ -112,9 +112,7 @@ def begin(args: argparse.Namespace) -> tuple[Path, dict, IO]:
     before = read_json(begun) or settings
     for key in before | settings:
         if (was := before.get(key)) != (now := settings.get(key)):
-            raise InputError(
-                f"{part}: begun with other settings ({key} was {was}, is {now}); remove it first"
-            )
+            raise InputError(f"{part}: begun with other settings ({key} was {was}, is {now}); remove it")
     write_whole(begun, json.dumps(settings))
     return part, settings, held
 

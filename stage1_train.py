@@ -38,7 +38,7 @@ from runs import COUNT, SHARE, WEIGHT, Fault
 PAPER = dict(lr=1e-5, epochs=2, batch_size=1, accumulation=8, warmup=0.1, weight_decay=0.0)
 EMBEDDED = dict(lr=1e-3, epochs=4, batch_size=16, accumulation=1, warmup=0.05, weight_decay=0.01)
 LORA_BY_DEFAULT = ("mistral-7b", "llama-3.1-8b", "prometheus-2-7b")
-LOGITS = 2**24  # logits held at a time: 64 MiB in fp32, and four times that with what the loss makes of them
+LOGITS = 2**24  # logits held at a time: 64 MiB in fp32, and three times that with what the loss makes of them
 BAD_STEPS = 10  # steps in a row without a finite loss after which training stops
 
 
@@ -107,20 +107,20 @@ def train(args, model, plan: list, valid: list[Example], loss: Callable, pad_id:
     with open(folder / "log.jsonl", "a", buffering=1) as log, bar:
         for step, window in enumerate(plan[done:], done + 1):
             # Divisors of the whole step: loss and gradient are the same for every split into micro-batches
-            n_tokens = sum(e.supervised - args.mask_score for e in window)
+            n_tokens = sum(e.supervised - (args.score_ce == "none") for e in window)
             loss_of_step = partial(loss, n_tokens=n_tokens, n_sequences=len(window))
-            sums = torch.zeros(3, device=device())  # loss, CE, squared error
+            sums = torch.zeros(3, device=device())  # loss, CE, penalty
             for i in range(0, len(window), args.batch_size):
                 batch = collate(window[i : i + args.batch_size], pad_id)
                 hidden = supervised_rows(model, batch)  # (R, D): forward, but for the head
                 rows = hidden.detach().requires_grad_()
                 for part in loss_in_parts(model, rows, batch, loss_of_step):
                     part.total.backward()  # adds to rows.grad and frees the logits of this part
-                    sums += torch.stack([part.total.detach(), part.ce, part.squared_error])
+                    sums += torch.stack([part.total.detach(), part.ce, part.penalty])
                 hidden.backward(rows.grad)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-            loss_sum, ce, squared_error = sums.tolist()
-            numbers = {"loss": loss_sum, "ce": ce, "squared_error": squared_error, "grad_norm": float(norm)}
+            loss_sum, ce, penalty = sums.tolist()
+            numbers = {"loss": loss_sum, "ce": ce, "penalty": penalty, "grad_norm": float(norm)}
             taken = all(map(math.isfinite, numbers.values()))
             if taken:
                 optimiser.step()
@@ -153,11 +153,12 @@ def evaluate(model, examples: list[Example], loss: Callable[..., Loss], pad_id: 
     model.eval()
     order, sums = sorted(examples, key=lambda e: len(e.ids)), torch.zeros(2, device=device())
     n_tokens = sum(e.supervised for e in examples)
-    loss = partial(loss, score_in_ce=True, ce_sum=False, n_tokens=n_tokens, n_sequences=len(examples))
+    usual = {"score_ce": "token", "penalty": "squared", "ce_sum": False}  # whatever is trained with
+    loss = partial(loss, **usual, n_tokens=n_tokens, n_sequences=len(examples))
     for i in range(0, len(order), batch_size):
         batch = collate(order[i : i + batch_size], pad_id)
         for part in loss_in_parts(model, supervised_rows(model, batch), batch, loss):
-            sums += torch.stack([part.ce, part.squared_error])
+            sums += torch.stack([part.ce, part.penalty])
     model.train()
     return {"n": len(examples), "ce": float(sums[0]), "rmse": float(sums[1].sqrt())}
 
@@ -220,9 +221,8 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     part, settings, _lock = runs.begin(args)  # held until the end
     torch.manual_seed(args.seed)
     model = models.load_for_training(args.model, args.lora, args.gradient_checkpointing)
-    weights = {"lam": args.lam, "ce_weight": args.ce_weight, "ce_sum": args.ce_sum}
-    weights |= {"score_in_ce": not args.mask_score}
-    loss = partial(cot_raft_loss, **models.score_tensors(score_ids, args.grid), **weights)
+    choices = {name: getattr(args, name) for name in ("lam", "penalty", "ce_weight", "score_ce", "ce_sum")}
+    loss = partial(cot_raft_loss, **models.score_tensors(score_ids, args.grid), **choices)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     try:
         speed = train(args, model, plan, held_out, loss, pad_id, part)
@@ -262,11 +262,11 @@ def read_examples(path: str, args, need: tuple, cots_of: Callable, tokenizer, sc
 def show(args, tokenizer, e: Example, score_ids: list[int]) -> None:
     """Print the options, and an example with its loss mask."""
     print(json.dumps(vars(args) | {"grid": str(args.grid)}, default=str, indent=2))
-    start, score, ce = e.start, e.score_position, "without" if args.mask_score else "with"
+    start, score, token = e.start, e.score_position, repr(tokenizer.decode([e.ids[e.score_position]]))
     print(f"\nrecord {e.id}, {start} tokens without loss:\n{tokenizer.decode(e.ids[:start])}")
     print(f"\n{score - start} tokens with CE:\n{tokenizer.decode(e.ids[start:score])}")
-    print(f"\ntoken {score}, {ce} CE: {tokenizer.decode([e.ids[score]])!r} (id {e.ids[score]}). Here the")
-    print(f"squared error to {e.score:g} is read, from p of the ids {' '.join(map(str, score_ids))}")
+    print(f"\ntoken {score}: {token} (id {e.ids[score]}), CE at the score: {args.score_ce}. Here the penalty")
+    print(f"({args.penalty}) to {e.score:g} is read, from p of the ids {' '.join(map(str, score_ids))}")
     print(f"\nlast token, with CE: {tokenizer.decode([e.ids[-1]])!r}\n\n--dry-run: nothing was written")
 
 
@@ -285,20 +285,18 @@ def make_parser(description: str, stage: int) -> argparse.ArgumentParser:
     add = parser.add_argument_group("what goes in and out").add_argument
     add("--model", default=TINY_SEED, help=f"seed model: folder, hub id or one of {', '.join(models.MODELS)}")
     add("--data", default=str(data) if stage == 1 else "out/cots.jsonl", help="JSONL file of records")
-    add(
-        "--valid",
-        help="JSONL file of held-out records; None: stage 1's default --data has one, others have none",
-    )
+    add("--valid", help="JSONL file of held-out records; None: that of stage 1's default --data, or none")
     add("--out", type=Path, default=Path(f"out/stage{stage}"), help="folder of the checkpoint")
     add("--dry-run", action="store_true", help="only show options and an example with its loss mask")
     add = parser.add_argument_group("what is trained").add_mutually_exclusive_group().add_argument
     rank = {"nargs": "?", "const": 8, "type": COUNT, "metavar": "RANK", "default": 8 if large else None}
     add("--lora", **rank, help="adapters of this rank, or of rank 8, on all linear layers; None: all weights")
     add("--full", action="store_const", const=None, dest="lora", help="all weights, in fp32")
-    add = parser.add_argument_group("loss: ce-weight · CE + λ · squared error").add_argument
-    add("--lambda", dest="lam", type=WEIGHT, default=1.0, help="λ, weight of the squared error; 0 leaves CE")
+    add = parser.add_argument_group("loss: ce-weight · CE + λ · penalty, as in loss.py").add_argument
+    add("--lambda", dest="lam", type=WEIGHT, default=1.0, help="λ, weight of the penalty; 0 leaves CE")
+    add("--penalty", choices=("squared", "rps", "ntl"), default="squared", help="distance to the true score")
     add("--ce-weight", type=WEIGHT, default=1.0, help="weight of the cross-entropy; 0 leaves pure RAFT")
-    add("--mask-score", action="store_true", help="keep the score out of the CE, as the authors' code does")
+    add("--score-ce", choices=("token", "two-hot", "none"), default="token", help="what CE sees at the score")
     add("--ce-sum", action="store_true", help="sum CE over a sequence, as the formula; else mean of tokens")
     add = parser.add_argument_group("optimiser").add_argument
     add("--lr", type=WEIGHT, help="peak learning rate of AdamW")

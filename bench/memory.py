@@ -28,7 +28,6 @@ import runs
 import stage1_train
 from encode import Example
 from loss import cot_raft_loss
-from models import device
 from records import Grid
 from results.tables import table
 
@@ -66,9 +65,9 @@ def estimate(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, 
     kept = sequences * length * layers * (stream * h if checkpointing else block)
     if bf16 and not lora and not checkpointing:  # the bf16 copies of the weights
         kept += 2 * sum(m.weight.numel() for m in linear)
-    # The logits of a part in fp32, their log-softmax, and the gradients before and after; the head in bf16
+    # The logits of a part in fp32, their log-softmax and its gradient; the head in bf16
     rows = min(sequences * supervised, max(1, stage1_train.LOGITS // config.vocab_size))
-    logits = 16 * rows * config.vocab_size + (2 * config.vocab_size * h if bf16 and not lora else 0)
+    logits = 12 * rows * config.vocab_size + (2 * config.vocab_size * h if bf16 and not lora else 0)
     return {
         "weights": parameters * (compute if lora else 4) + (4 * trained if lora else 0),
         "gradients": 4 * trained,
@@ -100,18 +99,15 @@ def measure(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, c
     loss = partial(cot_raft_loss, **models.score_tensors([3, 4, 5, 6, 7], Grid()))
 
     def load(name: str, dtype: torch.dtype, trainable: bool):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device())
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).to(models.device())
 
     def run() -> None:
         model = models.load_for_training("random", lora, checkpointing)
         stage1_train.train(args, model, plan, [], loss, 0, Path(folder))
 
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.redirect_stdout(sys.stderr),
-        patch.multiple(models, load_model=load, has_bf16=lambda: bf16),
-        patch.object(stage1_train, "has_bf16", lambda: bf16),
-    ):
+    fakes = patch.multiple(models, load_model=load, has_bf16=lambda: bf16)
+    fake_too = patch.object(stage1_train, "has_bf16", lambda: bf16)
+    with fakes, fake_too, tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         return peak_of(run)
 
 
@@ -128,8 +124,7 @@ def fit() -> None:
 
 def compare() -> None:
     """Print measurements, and estimates as a share of them."""
-    for name, *how in itertools.product(SHAPES, (8, None), (True, False), (True, False)):
-        lora, bf16, checkpointing = how
+    for name, lora, bf16, checkpointing in itertools.product(SHAPES, (8, None), (True, False), (True, False)):
         config = type(SHAPES[name])(vocab_size=SHAPES[name].vocab_size, num_key_value_heads=2, **SMALL)
         case = (config, lora, (4, 512, 128), bf16, checkpointing)
         expected, measured = sum(estimate(*case).values()), measure(*case)

@@ -39,23 +39,15 @@ TASKS = {  # name → script and options; what is not in both checkouts is sorte
 }
 
 
-def make_model(folder: Path, vocabulary: int, layers: int, hidden: int) -> None:
+def make_model(folder: Path) -> None:
     """Write a random checkpoint with the embedded task's tokenizer, its weights large: it heeds its input."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
     torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=7 * hidden // 2,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 256),
-        sliding_window=None,
-        max_position_embeddings=8192,
-        initializer_range=0.2,
-    )
+    sizes = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 1, "max_position_embeddings": 8192}
+    config = MistralConfig(sliding_window=None, initializer_range=0.2, **sizes)  # 32,000 tokens
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(3)
@@ -112,28 +104,17 @@ def drive(script: str, data: Path, *arguments: str) -> None:
     runs.run(importlib.import_module(script.removesuffix(".py")).main)
 
 
-def measure(root: Path, task: str, folder: Path, out: Path, threads: int) -> dict:
+def measure(root: Path, task: str, folder: Path, out: Path) -> dict:
     """Run a task in a fresh process; returns its seconds, its peak memory and what it found."""
     script, *options = TASKS[task].split()
     data = folder / ("train.jsonl" if script == "stage1_train.py" else "test.jsonl")
     if "no --valid" not in (root / "stage1_train.py").read_text("utf-8") and script == "stage1_train.py":
         options += ["--val-fraction", "0"]  # before --valid, a share was held out
-    command = [
-        sys.executable,
-        __file__,
-        "--drive",
-        root,
-        script,
-        data,
-        "--model",
-        folder / "model",
-        "--out",
-        out,
-        *options,
-    ]
+    command = [sys.executable, __file__, "--drive", root, script, data, "--model", folder / "model"]
+    command = list(map(str, [*command, "--out", out, *options]))
     log = open(f"{out}.log", "w", encoding="utf-8")
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise runs.Fault(f"{task} failed at {root}: {Path(log.name).read_text('utf-8')[-2000:]}")
@@ -145,25 +126,24 @@ def measure(root: Path, task: str, folder: Path, out: Path, threads: int) -> dic
         rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
         # Renormalised: a random model puts next to nothing on the scores
         found = [p / sum(probs) for row in rows for probs in row.get("score_probs", []) for p in probs]
-        assert all(cot in {r["cot"] for r in rows} for row in rows for cot in row["cots"]), (
-            "other CoTs than dictated"
-        )
+        dictated = {row["cot"] for row in rows}
+        assert all(dictated.issuperset(row["cots"]) for row in rows)
         seconds = json.loads(out.with_suffix(".run.json").read_text("utf-8"))["wall_seconds"]
     return {"seconds": seconds, "peak_mib": usage.ru_maxrss / 1024, "found": found}
 
 
-def table(report: dict) -> str:
+def summary(report: dict) -> str:
     """Return the measurements as a Markdown table."""
-    lines = [
-        "| task | times as long as before | peak memory, times as much | differ by at most |",
-        "| --- " * 4 + "|",
-    ]
+    from results.tables import table
+
+    rows = []
     for task, entry in report["tasks"].items():
         ratios = sorted(now / before for before, now in zip(*entry["seconds"], strict=True))
         spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         peak = statistics.median(entry["peak_mib"][1]) / statistics.median(entry["peak_mib"][0])
-        lines.append(f"| {task} | {spread} | {peak:.2f} | {entry['differ']:.0e} |")
-    return "\n".join(lines)
+        rows.append([task, spread, f"{peak:.2f}", f"{entry['differ']:.0e}"])
+    head = ["task", "times as long as before", "peak memory, times as much", "differ by at most"]
+    return table(head, rows)
 
 
 def main() -> None:
@@ -173,28 +153,22 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="the other checkout")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to time")
     parser.add_argument("--rounds", type=runs.COUNT, default=3, help="turns that each checkout gets")
-    parser.add_argument("--vocabulary", type=runs.COUNT, default=32000, help="of the random model")
-    parser.add_argument("--layers", type=runs.COUNT, default=4, help="of the random model")
-    parser.add_argument("--hidden", type=runs.COUNT, default=256, help="size of the random model")
-    parser.add_argument("--train", type=runs.COUNT, default=32, help="records to train on")
-    parser.add_argument("--test", type=runs.COUNT, default=12, help="records to judge")
-    parser.add_argument("--threads", type=runs.COUNT, default=1, help="of a CPU")
     parser.add_argument("--out", type=Path, help="JSON file to write; None: only print")
     parser.add_argument("--table", type=Path, help="only print the table of this JSON file")
     args = parser.parse_args()
     if args.table:
-        return print(table(json.loads(args.table.read_text("utf-8"))))
+        return print(summary(json.loads(args.table.read_text("utf-8"))))
     report = {"arguments": vars(args), "order": "before, now", "tasks": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_model(folder / "model", args.vocabulary, args.layers, args.hidden)
-        make_records(folder / "train.jsonl", args.train)
-        make_records(folder / "test.jsonl", args.test)
+        make_model(folder / "model")
+        make_records(folder / "train.jsonl", 32)
+        make_records(folder / "test.jsonl", 12)
         for task in args.tasks:
             turns = [[], []]
             for i, (turn, root) in itertools.product(range(args.rounds), enumerate((args.against, ROOT))):
                 out = folder / f"{task.replace(' ', '-')}-{i}-{turn}{'' if 'training' in task else '.jsonl'}"
-                turns[turn].append(measure(root.resolve(), task, folder, out, args.threads))
+                turns[turn].append(measure(root.resolve(), task, folder, out))
             found = [turn[0]["found"] for turn in turns]
             differ = max((abs(a - b) for a, b in zip(*found, strict=True)), default=0.0)
             entry = {key: [[m[key] for m in turn] for turn in turns] for key in ("seconds", "peak_mib")}
@@ -202,7 +176,7 @@ def main() -> None:
             print(task, json.dumps(report["tasks"][task]), flush=True)
     if args.out:
         runs.write_whole(args.out, json.dumps(report, indent=1, default=str) + "\n")
-    print(table(report))
+    print(summary(report))
 
 
 if __name__ == "__main__":

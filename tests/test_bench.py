@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import random
 
 import ablations
@@ -20,7 +21,7 @@ SETTINGS = json.loads((RESULTS / "settings.json").read_text("utf-8"))
 
 
 def commands_of(*rows: str) -> dict[str, str]:
-    return ablations.commands_of("out", 1, rows, SETTINGS, "test", 5)
+    return ablations.commands_of("out", 1, rows, SETTINGS, "test")
 
 
 def test_every_command_is_understood_and_reads_what_an_earlier_one_made(monkeypatch, run_script):
@@ -42,55 +43,81 @@ def test_every_command_is_understood_and_reads_what_an_earlier_one_made(monkeypa
     assert scripts == ["data/tiny/prepare.py", "stage1_train.py", "predict.py", "predict.py"]
 
 
-def test_commands_run_once_and_a_failure_is_named(tmp_path, monkeypatch, capfd):
+def test_commands_run_once_and_a_failure_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     good, bad = f"{tmp_path}/d/train.jsonl", f"{tmp_path}/e"
-    commands = {good: f"python data/tiny/prepare.py --splits train --size 3 --out {tmp_path}/d"}
-    commands |= {bad: f"python eval.py {good} --out {bad}"}  # there are no predictions in it
-    for made in ([good, bad], [bad]):  # given again, only what is not there is made
-        with pytest.raises(ablations.runs.Fault):
+    commands = {bad: f"python eval.py {good} --out {bad}"}  # there are no predictions in it
+    commands[good] = f"python data/tiny/prepare.py --splits train --size 3 --out {tmp_path}/d"
+    made = []
+    for _ in range(2):  # given again, only what is not there is made
+        with pytest.raises(ablations.runs.Fault, match=f"{bad}: not made"):
             ablations.run_all(commands, jobs=2)
-        assert [line for line in capfd.readouterr().out.splitlines() if line.startswith("/")] == made
+        made.append((tmp_path / "d/train.jsonl").stat().st_mtime_ns)
         log = (tmp_path / "e.log").read_text().splitlines()
         assert log[0] == commands[bad] and "field 'prediction' is missing" in log[1]
+    assert made[0] == made[1]
     with pytest.raises(ablations.InputError, match=f"{good}: was not made by"):
         ablations.run_all({good: f"{commands[good]} --seed 2"}, jobs=1)
 
 
 def test_rows_are_summed_up(tmp_path, write_jsonl):
-    true, three = [1, 2, 3, 4, 5, 3], [3] * 6
-    certain = {"1/few-tract": true, "2/few-tract": [2, 3, 4, 5, 5, 4], "1/few-ce": three, "2/few-ce": three}
+    """Two seeds, certain predictions: those of seed 2 are one too high, or a constant."""
+    true, high, three = [1, 2, 3, 4, 5, 3], [2, 3, 4, 5, 5, 4], [3] * 6
+    tract, ce = "few-rating-12345-tract", "few-rating-12345-ce"
+    certain = {f"1/{tract}": true, f"2/{tract}": high, f"1/{ce}": three, f"2/{ce}": three}
     for name, scores in certain.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.valid.run.json").write_text('{"arguments": {"grid": "1,2,3,4,5"}}')
         rows = [{"prompt": "x", "score": y, "finished": [True] * 2} for y in true]
         for row, score in zip(rows, scores, strict=True):
-            row["score_probs"] = [[float(score == value) for value in range(1, 6)]] * 2
+            row["score_probs"] = [[0.8 * (score == value) for value in range(1, 6)]] * 2
         write_jsonl(f"{name}.valid.jsonl", rows)
-    arguments = [str(tmp_path / "1"), str(tmp_path / "2")], ["few-tract", "few-ce"], "valid", 50
-    report = ablations.summarise(*arguments)
-    tract, ce = (c for c in report["cells"] if c["reading"] == "rail")
-    assert tract["rmse"]["per_seed"] == pytest.approx([0, (5 / 6) ** 0.5]) and "difference" not in tract
-    assert tract["pearson"]["per_seed"][0] == pytest.approx(1) and ce["pearson"]["mean"] == 0
-    difference, claim = ce["difference"]["rmse"], report["claims"][0]["difference"]["rmse"]
-    assert difference["value"] == pytest.approx((10 / 6) ** 0.5 - (5 / 6) ** 0.5 / 2)
-    assert difference["low"] < difference["value"] < difference["high"] == pytest.approx(-claim["low"])
-    assert report["variance"]["few-ce"] == {"within": [0, 0], "between": [0, 0]}
-    write_jsonl("2/few-ce.valid.jsonl", rows[1:])
-    with pytest.raises(ablations.InputError, match="few-ce: not tested on the records that others were"):
+    arguments = [str(tmp_path / "1"), str(tmp_path / "2")], [tract, ce], "valid"
+    one, other = (c for c in ablations.summarise(*arguments)["cells"] if c["reading"] == "renormalised")
+    assert one["rmse"]["per_seed"] == pytest.approx([0, (5 / 6) ** 0.5])
+    assert one["pearson"]["per_seed"][0] == pytest.approx(1) and other["pearson"]["mean"] == 0
+    assert one["log_score"]["per_seed"] == pytest.approx([0, 5 / 6 * math.log(1e-7)])
+    assert other["calibration_error"]["mean"] == pytest.approx(4 / 6)
+    rail = [c for c in ablations.summarise(*arguments)["cells"] if c["reading"] == "rail"]
+    assert rail[0]["log_score"]["per_seed"][0] == pytest.approx(math.log(0.8)) and "difference" not in rail[0]
+    assert rail[0]["calibration_error"]["per_seed"] == pytest.approx([0.2, 0.8 - 1 / 6])
+    rmse = [0.8 * np.array(scores) - true for scores in certain.values()]
+    rmse = [np.sqrt((d**2).mean()) for d in rmse]
+    difference = rail[1]["difference"]["rmse"]
+    assert difference["value"] == pytest.approx(rmse[2] - (rmse[0] + rmse[1]) / 2)
+    assert difference["low"] <= difference["value"] <= difference["high"]
+    write_jsonl(f"2/{ce}.valid.jsonl", rows[1:])
+    with pytest.raises(ablations.InputError, match=f"{ce}: not tested on the records that others were"):
         ablations.summarise(*arguments)
 
 
 def test_bootstrap_resamples_seeds_and_records():
     true, noise = np.random.default_rng(0).normal(size=(2, 400))
+
+    def read(predictions: np.ndarray) -> ablations.Reading:
+        return ablations.Reading(predictions, *np.zeros((3, *predictions.shape)))
+
     column = np.stack([noise, np.full(400, 0.1)])  # r of a constant is undefined, and counts as 0
-    r, rmse = ablations.r_and_rmse(column, true)
-    assert [*r] == pytest.approx([METRICS["pearson"](noise, true), 0])
-    assert [*rmse] == pytest.approx([METRICS["rmse"](p, true) for p in column])
-    samples = ablations.bootstrap(true + np.array([[1.0], [3.0]]), true, 400)["rmse"]  # 1 and 3 in the seeds
+    found = ablations.metrics_of(read(column), true)
+    assert [*found["pearson"]] == pytest.approx([METRICS["pearson"](noise, true), 0])
+    assert [*found["rmse"]] == pytest.approx([METRICS["rmse"](p, true) for p in column])
+    seeds = true + np.array([[1.0], [3.0]])  # off by 1 and by 3
+    samples = ablations.bootstrap(read(seeds), true)["rmse"]
     assert samples[0] == pytest.approx(2) and np.mean(samples < 1.5) == pytest.approx(0.25, abs=0.08)
-    samples = ablations.bootstrap(true + noise[None], true, 400)["rmse"]
+    samples = ablations.bootstrap(read(true + noise[None]), true)["rmse"]
     assert samples[1:].std() == pytest.approx(1 / 800**0.5, rel=0.2)
+
+
+def test_log_score_and_calibration_of_a_score_between_two_tokens(tmp_path, write_jsonl):
+    """On the grid 1 and 5, a true score of 4 is a 5 in three of four cases."""
+    rows = [{"prompt": "x", "score": 4, "finished": [True], "score_probs": [[0.2, 0.6]]}] * 2
+    write_jsonl("p.jsonl", rows)
+    (tmp_path / "p.run.json").write_text('{"arguments": {"grid": "1,5"}}')
+    found, true = ablations.readings(f"{tmp_path}/p.jsonl")
+    assert [*true] == [4, 4] and [*found["rail"].predictions] == pytest.approx([3.2, 3.2])
+    assert [*found["rail"].log_score] == pytest.approx([math.log(0.2) / 4 + math.log(0.6) * 3 / 4] * 2)
+    assert [*found["renormalised"].confidence] == pytest.approx([0.75, 0.75])
+    assert [*found["rail"].right] == [0.75, 0.75] and [*found["decoded"].predictions] == [5, 5]
 
 
 def test_ideal_judges_know_how_the_task_is_drawn():
@@ -116,5 +143,5 @@ def test_estimated_memory_is_what_is_measured(run_script, capsys):
     for case in ((None, False, True), (None, True, False), (8, True, True), (8, False, False)):
         case = (config, case[0], (2, 256, 64), *case[1:])
         assert sum(memory.estimate(*case).values()) == pytest.approx(memory.measure(*case), rel=0.04), case
-    run_script("memory", "--model", "llama-3.1-8b", "--full", "--batch-size", 4, "--length", 2000)
-    assert "125.37 GiB" in (said := capsys.readouterr().out) and "fits a GPU of 141 GiB" in said
+    run_script("memory", "--fit")
+    assert capsys.readouterr().out in (ROOT / "docs/speed.md").read_text("utf-8")

@@ -1,4 +1,4 @@
-"""RAIL and CoT-RAFT against hand-computed values and an independent float64 reference."""
+"""RAIL, CoT-RAFT and its alternatives against hand-computed values and an independent float64 reference."""
 
 import math
 from functools import partial
@@ -6,26 +6,38 @@ from functools import partial
 import pytest
 import torch
 
-from loss import cot_raft_loss, rail
+from loss import cot_raft_loss, penalty_of, rail, two_hot
 
 TWO = {"score_ids": torch.tensor([2, 3]), "score_values": torch.tensor([1.0, 5.0])}
 FIVE = {"score_ids": torch.tensor([7, 1, 4, 9, 2]), "score_values": torch.tensor([1.0, 2, 3, 4, 5])}
 ROWS = [3, 1, 5, 2]  # supervised rows of the four sequences of a random batch
 TRUE = torch.tensor([99, 99, 1.0, 3.67, 99, 99, 99, 99, 5.0, 99, 2.5], dtype=torch.float64)  # 99: no score
+AT_SCORE = [math.log(p) for p in (0.1, 0.1, 0.2, 0.6)]
 
 
 def test_worked_examples():
     """The true score of a row that is no score row does not matter, not even NaN."""
-    coin, row = [0.0, *[math.log(1 / 3)] * 3], [math.log(p) for p in (0.1, 0.1, 0.2, 0.6)]
-    expected, off_grid, probs = rail(torch.tensor(row), **TWO)
+    coin = [0.0, *[math.log(1 / 3)] * 3]
+    expected, off_grid, probs = rail(torch.tensor(AT_SCORE), **TWO)
     assert [expected.item(), off_grid.item(), *probs.tolist()] == pytest.approx([3.2, 0.2, 0.2, 0.6])
     batch = {"is_score": torch.tensor([False, True]), "true_scores": torch.tensor([math.nan, 5.0])}
-    loss = partial(cot_raft_loss, torch.tensor([coin, row]), torch.tensor([0, 3]), **batch, **TWO)
+    loss = partial(cot_raft_loss, torch.tensor([coin, AT_SCORE]), torch.tensor([0, 3]), **batch, **TWO)
     ce = (math.log(2) - math.log(0.6)) / 2
     assert [x.item() for x in loss()] == pytest.approx([3.842, ce, 3.24], abs=5e-4)
-    assert loss(score_in_ce=False).ce.item() == pytest.approx(math.log(2))
+    assert loss(score_ce="none").ce.item() == pytest.approx(math.log(2))
     assert loss(ce_sum=True).ce.item() == pytest.approx(2 * ce)
     assert loss(ce_weight=0, lam=2).total.item() == pytest.approx(6.48)
+    batch["true_scores"][1] = 4
+    two = loss(**batch, score_ce="two-hot", ce_sum=True).ce.item()
+    assert two == pytest.approx(math.log(2) - 0.25 * math.log(0.2) - 0.75 * math.log(0.6))
+
+
+def test_worked_examples_of_two_hot_and_the_penalties():
+    three, four = torch.tensor([1.0, 3, 5]), torch.tensor([4.0])
+    assert two_hot(four, TWO["score_values"]).tolist() == [[0.25, 0.75]]
+    assert two_hot(torch.tensor([4.0, 1, 3, 5]), three).tolist() == [[0, 0.5, 0.5], *torch.eye(3).tolist()]
+    found = [penalty_of(kind, torch.tensor([AT_SCORE]), four, **TWO) for kind in ("squared", "rps", "ntl")]
+    assert torch.cat(found).tolist() == pytest.approx([0.64, 0, 1.5], abs=1e-6)
 
 
 def random_batch(seed: int):
@@ -36,44 +48,84 @@ def random_batch(seed: int):
     return logits.requires_grad_(), {"targets": targets, "is_score": TRUE < 99, "true_scores": TRUE}
 
 
+def distance(kind: str, p: torch.Tensor, y: float) -> torch.Tensor:
+    """Return a penalty of one score distribution, p of the scores 1 to 5, by another way than loss.py."""
+    if kind == "squared":
+        return (sum(p[v - 1] * v for v in range(1, 6)) - y) ** 2
+    p = p / p.sum()
+    if kind == "ntl":
+        return sum(p[v - 1] * abs(v - y) for v in range(1, 6))
+    # The continuous ranked probability score, an integral over thresholds, up to its least value
+    total = 0.0
+    for k in range(1, 5):
+        below, at_or_above = min(max(y - k, 0), 1), min(max(k + 1 - y, 0), 1)  # lengths within [k, k + 1]
+        cumulated = p[:k].sum()
+        total += below * cumulated**2 + at_or_above * (1 - cumulated) ** 2 - below * at_or_above
+    return total
+
+
+CHOICES = [
+    ("token", "squared"),
+    ("none", "squared"),
+    ("two-hot", "rps"),
+    ("two-hot", "ntl"),
+    ("token", "rps"),
+]
+
+
 @pytest.mark.parametrize("ce_sum", [False, True])
-@pytest.mark.parametrize("score_in_ce", [False, True])
-def test_equals_an_independent_reference_in_value_and_gradient(score_in_ce, ce_sum):
+@pytest.mark.parametrize(("score_ce", "penalty"), CHOICES)
+def test_equals_an_independent_reference_in_value_and_gradient(score_ce, penalty, ce_sum):
     """The reference is the formula sequence by sequence, with explicit exponentials, in float64."""
     ours, batch = random_batch(0)
     theirs = ours.detach().clone().requires_grad_()
-    options = {"lam": 0.7, "ce_weight": 1.3, "score_in_ce": score_in_ce, "ce_sum": ce_sum}
+    options = {"lam": 0.7, "ce_weight": 1.3, "score_ce": score_ce, "penalty": penalty, "ce_sum": ce_sum}
     loss = cot_raft_loss(ours, **batch, **FIVE, **options).total
     loss.backward()
-    log_likelihood, squared, n_tokens, row = 0.0, 0.0, 0, 0
+    log_likelihood, apart, n_tokens, row = 0.0, 0.0, 0, 0
     for n in ROWS:
         p = theirs[row : row + n].exp() / theirs[row : row + n].exp().sum(1, keepdim=True)
-        for t in range(n if score_in_ce else n - 1):
+        y, grid = TRUE[row + n - 1].item(), p[n - 1, FIVE["score_ids"]]
+        for t in range(n if score_ce == "token" else n - 1):
             log_likelihood, n_tokens = log_likelihood + p[t, batch["targets"][row + t]].log(), n_tokens + 1
-        expected = sum(p[n - 1, token] * value for token, value in ((7, 1), (1, 2), (4, 3), (9, 4), (2, 5)))
-        squared, row = squared + (expected - TRUE[row + n - 1]) ** 2, row + n
-    reference = 1.3 * -log_likelihood / (4 if ce_sum else n_tokens) + 0.7 * squared / 4
+        if score_ce == "two-hot":
+            n_tokens += 1
+            for v in range(1, 6):
+                log_likelihood = log_likelihood + max(0, 1 - abs(v - y)) * grid[v - 1].log()
+        apart, row = apart + distance(penalty, grid, y), row + n
+    reference = 1.3 * -log_likelihood / (4 if ce_sum else n_tokens) + 0.7 * apart / 4
     reference.backward()
     torch.testing.assert_close((loss, ours.grad), (reference, theirs.grad), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"score_ce": "two-hot", "penalty": "rps"}, {"penalty": "ntl"}])
 @pytest.mark.parametrize("cuts", [[4], [2, 3, 7], [*range(1, 11)]])
-def test_micro_batches_add_up_to_the_whole_step(cuts):
+def test_micro_batches_add_up_to_the_whole_step(cuts, options):
     """Batches may end within a sequence and hold no score at all."""
     whole, batch = random_batch(2)
-    total = cot_raft_loss(whole, **batch, **FIVE).total
+    total = cot_raft_loss(whole, **batch, **FIVE, **options).total
     total.backward()
     parts, value = whole.detach().clone().requires_grad_(), 0.0
     for start, end in zip([0, *cuts], [*cuts, 11], strict=True):
-        some = {name: label[start:end] for name, label in batch.items()}
+        some = {name: label[start:end] for name, label in batch.items()} | options
         value += cot_raft_loss(parts[start:end], **some, **FIVE, n_tokens=11, n_sequences=4).total
     value.backward()
     torch.testing.assert_close((value, parts.grad), (total, whole.grad), atol=1e-12, rtol=0)
 
 
+def test_only_the_squared_error_sees_mass_off_the_grid():
+    """Nearly all mass off the grid: the others still see which score is likelier, and stay finite."""
+    logits = torch.tensor([[200.0, 0.0, math.log(1 / 4), math.log(3 / 4)]])
+    found = [penalty_of(kind, logits, torch.tensor([4.0]), **TWO) for kind in ("squared", "rps", "ntl")]
+    assert torch.cat(found).tolist() == pytest.approx([16, 0, 1.5], abs=1e-6)
+
+
 def test_gradcheck_and_that_bf16_is_computed_in_fp32():
     logits, batch = random_batch(1)
-    assert torch.autograd.gradcheck(lambda x: cot_raft_loss(x, **batch, **FIVE).total, (logits,))
+    for options in ({}, {"score_ce": "two-hot", "penalty": "rps"}):
+        assert torch.autograd.gradcheck(
+            lambda x, o=options: cot_raft_loss(x, **batch, **FIVE, **o).total, logits
+        )
     half = logits.detach().bfloat16()
-    ours, exact = (cot_raft_loss(x, **batch, **FIVE).ce for x in (half, half.float()))
-    assert ours == exact and ours.dtype == torch.float32
+    ours, exact = (cot_raft_loss(x, **batch, **FIVE, score_ce="two-hot") for x in (half, half.float()))
+    assert ours == exact and ours.total.dtype == torch.float32

@@ -30,18 +30,25 @@ LINES = [  # label, row, reading, the paper's mean r for Mistral-7B (arXiv 2503.
     ("TRACT, decoded", "tract", "decoded", None),
     ("TRACT, renormalised", "tract", "renormalised", None),
 ]
-SWEEPS = [  # what changes, row with two stages, row of its stage 1 alone
-    ("λ = 0.1", "lambda-0.1", "lambda-0.1-a1"),
-    ("λ = 0.3", "lambda-0.3", "lambda-0.3-a1"),
-    ("λ = 1", "tract", "a1"),
-    ("λ = 3", "lambda-3", "lambda-3-a1"),
-    ("λ = 10", "lambda-10", "lambda-10-a1"),
-    ("score token out of the CE", "mask-score", None),
-    ("2 CoTs a training prompt, half the epochs", "cots-2", None),
-    ("4 CoTs a training prompt, a quarter of the epochs", "cots-4", None),
-    ("300 training records, TRACT", "few-tract", None),
-    ("300 training records, both stages CE", "few-ce", None),
-]
+LOSSES = {  # row of bench/ablations.py → CE at the score, and penalty
+    "tract": "TRACT: CE on the token, squared error",
+    "ce": "CE on the token alone",
+    "two-hot": "two-hot CE alone",
+    "two-hot-tract": "two-hot CE, squared error",
+    "rps": "CE on the token, RPS",
+    "ntl": "CE on the token, NTL",
+    "tract-0.3": "TRACT, λ = 0.3",
+    "tract-3": "TRACT, λ = 3",
+    "only-tract": "squared error, no CE on the score",
+    "only-rps": "RPS, no CE on the score",
+}
+TARGETS = {
+    "rating": "ratings",
+    "real": "real-valued",
+    "rounded": "rounded",
+    "few-rating": "ratings, 300 records",
+    "few-real": "real-valued, 300 records",
+}
 GRIDS = ("15", "135", "12345")
 OOD = "test_ood"
 
@@ -64,14 +71,15 @@ class Cells:
         cell = self.of.get((row, test or self.test, reading), {}).get("difference")
         return "" if cell is None else interval(cell[metric])
 
+    def reliability(self, row: str, reading: str = "rail", test: str | None = None) -> list[str]:
+        """Return log score and calibration error; nothing for decoded scores, which are no distribution."""
+        if reading == "decoded":
+            return ["", ""]
+        return [self.mean(row, metric, reading, test) for metric in ("log_score", "calibration_error")]
+
 
 def interval(entry: dict) -> str:
     return "" if entry["value"] is None else "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**entry)
-
-
-def name_of(row: str, reading: str) -> str:
-    few = {"few-tract": "300 records: TRACT", "few-ce": "both stages CE, CoT-RAIL"}
-    return few.get(row) or next(label for label, r, how, _ in LINES if (r, how) == (row, reading))
 
 
 def methods(report: dict, cells: Cells) -> str:
@@ -81,12 +89,12 @@ def methods(report: dict, cells: Cells) -> str:
     for label, row, reading, paper in LINES:
         if (row, cells.test, reading) not in cells.of:
             continue
-        r, rmse, rho = (cells.mean(row, metric, reading) for metric in ("pearson", "rmse", "spearman"))
+        r, rmse = (cells.mean(row, metric, reading) for metric in ("pearson", "rmse"))
         many, ood = cells.mean(row, "pearson", f"{reading}@5"), cells.mean(row, "pearson", reading, OOD)
         to_tract = cells.difference(row, "pearson", reading)
         main.append([label, r, rmse, many, ood, to_tract, f"{paper:.3f}" if paper else ""])
         both = (cells.difference(row, metric, reading, OOD) for metric in ("pearson", "rmse"))
-        more.append([label, rho, cells.difference(row, "rmse", reading), *both])
+        more.append([label, cells.difference(row, "rmse", reading), *both, *cells.reliability(row, reading)])
     for name, values in ideal[cells.test].items():
         ood = f"{ideal[OOD][name]['pearson']:.3f}" if OOD in ideal else ""
         main.append([f"*ideal {name}*", f"{values['pearson']:.3f}", f"{values['rmse']:.3f}", "", ood, "", ""])
@@ -94,23 +102,12 @@ def methods(report: dict, cells: Cells) -> str:
     text += "differences with 95 % intervals over seeds and records.\n\n"
     head = ["method, prediction", "r", "RMSE", "r, 5 CoTs", "r, out of domain", "Δr to TRACT", "paper, r"]
     text += table(head, main) + "\n"
-    head = ["method, prediction", "ρ", "ΔRMSE to TRACT", "Δr, out of domain", "ΔRMSE, out of domain"]
-    return text + table(head, more)
+    head = ["method, prediction", "ΔRMSE to TRACT", "Δr, out of domain", "ΔRMSE, out of domain"]
+    return text + table([*head, "log score", "calibration error"], more)
 
 
-def claims(report: dict) -> str:
-    """Return the table of what is said to be better than what."""
-    rows = []
-    for claim in report["claims"]:
-        names = " > ".join(name_of(*side) for side in (claim["better"], claim["than"]))
-        where = "out of domain" if claim["test"] == OOD else "in domain"
-        rows.append([names, where, *(interval(claim["difference"][m]) for m in ("pearson", "rmse"))])
-    text = "## Claims\n\nFirst minus second, with 95 % intervals over seeds and records.\n\n"
-    return text + table(["is it better?", "where", "Δr", "ΔRMSE"], rows)
-
-
-def whose_cots(report: dict, cells: Cells) -> str:
-    """Return the RMSE of p_s and p_tract on whose CoTs, and how much of a prediction is the CoT's."""
+def whose_cots(cells: Cells) -> str:
+    """Return the RMSE of p_s and p_tract on whose CoTs."""
     rows = []
     for name, row, of_p_s, paper in (
         ("p_s", "a1", cells.test, ".12 → .63"),
@@ -119,48 +116,34 @@ def whose_cots(report: dict, cells: Cells) -> str:
         on = [cells.mean(row, "rmse", test=test) for test in ("annotated", of_p_s, cells.test)]
         rows.append([name, *on, paper])
     head = ["RMSE of", "on annotated CoTs", "on the CoTs of p_s", "on its own CoTs"]
-    text = "## Whose CoTs?\n\n" + table([*head, "paper, training → own CoTs"], rows) + "\n"
-    rows = []
-    for row, of in report["variance"].items():
-        within, between = (sum(of[part]) / len(of[part]) for part in ("within", "between"))
-        rows.append([row, f"{within:.3f}", f"{between:.3f}", f"{within / (within + between):.0%}"])
-    head = ["variance of the prediction", "between CoTs of one record", "between records", "share of the CoT"]
-    return text + table(head, rows)
+    return "## Whose CoTs?\n\n" + table([*head, "paper, training → own CoTs"], rows)
 
 
-def sweeps(cells: Cells) -> str:
-    """Return the table of the rows in which one setting differs."""
-    rows = []
-    for label, row, first in SWEEPS:
-        if (row, cells.test, "rail") in cells.of:
-            own = [cells.mean(row, "pearson"), cells.mean(row, "rmse"), cells.mean(row, "pearson", test=OOD)]
-            alone = [cells.mean(first, "pearson"), cells.mean(first, "rmse")]
-            rows.append([label, *own, cells.difference(row, "pearson"), *alone])
-    head = ["what changes", "r", "RMSE", "r, out of domain", "Δr", "stage 1 alone, r", "stage 1 alone, RMSE"]
-    text = "## One setting at a time\n\nΔr is to TRACT; with 300 records, of CE to TRACT.\n\n"
-    return text + table(head, rows)
-
-
-def scale(cells: Cells) -> str:
-    """Return the table of score grids that are coarser than the targets."""
-    rows = []
-    for grid, targets, where in itertools.product(GRIDS, ("real", "rounded"), ("in", "out of")):
-        ce, tract = f"{targets}-{grid}-ce", f"{targets}-{grid}-tract"
-        test = cells.test if where == "in" else OOD
-        if (ce, test, "rail") in cells.of and (tract, test, "rail") in cells.of:
-            means = [cells.mean(row, m, test=test) for m in ("pearson", "rmse") for row in (tract, ce)]
-            of_ce = [cells.difference(ce, m, test=test) for m in ("pearson", "rmse")]
-            rows.append([" ".join(grid), targets, where, *means, *of_ce])
-    head = ["grid", "training targets", "domain", "TRACT, r", "CE, r", "TRACT, RMSE", "CE, RMSE"]
-    text = "## Grids coarser than the targets\n\nStage 2 with either loss on the same CoTs, those of p_s; "
-    text += "CoT-RAIL; all tested on real-valued targets.\n\n"
-    return text + table([*head, "Δr of CE", "ΔRMSE of CE"], rows)
+def losses(cells: Cells) -> str:
+    """Return the tables of losses: predictions, in and out of domain, and the score distribution."""
+    found, spread = {cells.test: [], OOD: []}, []
+    for targets, grid, loss in itertools.product(TARGETS, GRIDS, LOSSES):
+        row = "tract" if (targets, loss) == ("rating", "tract") else f"{targets}-{grid}-{loss}"
+        if (row, cells.test, "rail") not in cells.of or (row == "tract" and grid != "12345"):
+            continue
+        names = [TARGETS[targets], " ".join(grid), LOSSES[loss]]
+        for test, rows in found.items():
+            means = [cells.mean(row, m, test=test) for m in ("pearson", "rmse")]
+            rows.append([*names, *means, *(cells.difference(row, m, test=test) for m in ("pearson", "rmse"))])
+        to_tract = cells.difference(row, "log_score")
+        spread.append([*names, *cells.reliability(row), to_tract, *cells.reliability(row, test=OOD)])
+    text, first = "", ["targets", "grid", "loss of stage 2"]
+    for test, rows in found.items():
+        text += f"## Losses, {'out of' if test == OOD else 'in'} domain\n\n"
+        text += table([*first, "r", "RMSE", "Δr to TRACT", "ΔRMSE to TRACT"], rows) + "\n"
+    head = ["log score", "calibration error", "Δ log score to TRACT"]
+    head += ["log score, out of domain", "calibration error, out of domain"]
+    return text + "## Losses, the score distribution\n\n" + table([*first, *head], spread)
 
 
 def tables(report: dict) -> str:
     cells = Cells(report["cells"])
-    parts = [methods(report, cells), claims(report), whose_cots(report, cells), sweeps(cells), scale(cells)]
-    return "\n".join(parts)
+    return "\n".join([methods(report, cells), whose_cots(cells), losses(cells)])
 
 
 def draw(report: dict, path: Path) -> None:
@@ -196,15 +179,21 @@ def draw(report: dict, path: Path) -> None:
     middle.set_xticks([0, 1], ["annotated CoTs", "own CoTs"])
     middle.set(xlim=(-0.2, 1.4), ylabel="RMSE", title="whose CoTs?")
 
-    for loss, color in (("ce", "tab:blue"), ("tract", "tab:orange")):
-        for targets, style in (("real", "o-"), ("rounded", "s--")):
-            found = [cells.of.get((f"{targets}-{grid}-{loss}", test, "rail")) for grid in GRIDS]
-            if all(found):
-                name = f"{'TRACT' if loss == 'tract' else 'CE'}, {targets} targets"
-                right.plot(range(3), [c["rmse"]["mean"] for c in found], style, color=color, label=name)
+    colors = {
+        "ce": "tab:blue",
+        "ntl": "tab:red",
+        "rps": "tab:purple",
+        "two-hot": "tab:green",
+        "tract": "tab:orange",
+    }
+    for (loss, color), (where, style) in itertools.product(colors.items(), ((test, "o-"), (OOD, "o:"))):
+        found = [cells.of.get((f"real-{grid}-{loss}", where, "rail")) for grid in GRIDS]
+        if all(found):
+            label = LOSSES[loss] if where == test else None
+            right.plot(range(3), [c["rmse"]["mean"] for c in found], style, color=color, label=label)
     right.set_xticks(range(3), [" ".join(grid) for grid in GRIDS])
     right.set(xlabel="score grid", ylabel="RMSE on real-valued targets", ylim=(0, None))
-    right.set_title("grids coarser than the targets")
+    right.set_title("real-valued targets (dotted: out of domain)")
     if right.lines:
         right.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
