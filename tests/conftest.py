@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, trainers
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaTokenizer
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -51,10 +51,11 @@ def llama31_tokenizer():
     return FastTokenizer(tokenizer_object=bpe, **named)
 
 
-def byte_level(*before) -> FastTokenizer:
-    """Train a BPE tokenizer on the suffix; without a chat template, as base models have none."""
+@session
+def gpt2_tokenizer():
+    """Train a BPE tokenizer, in which " 4" is one token; it has no chat template, as base models."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = Sequence([*before, ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     corpus = ["The answer is good. So the overall score is 1 2 3 4 5", "So the overall score is 10 " * 3] * 50
     options = {"initial_alphabet": ByteLevel.alphabet(), "special_tokens": ["<|end|>"]}
@@ -62,24 +63,17 @@ def byte_level(*before) -> FastTokenizer:
     return FastTokenizer(tokenizer_object=bpe, eos_token="<|end|>")
 
 
-# In GPT-2's style " 4" is one token; in Llama-3's style the space before a digit is a token of its own
-gpt2_tokenizer = session(lambda: byte_level())
-llama3_tokenizer = session(lambda: byte_level(Digits(individual_digits=True)))
 byte_tokenizer = session(lambda: ByT5Tokenizer(extra_ids=0))  # ids are the bytes plus 3; no BOS, no template
 tiny_tokenizer = session(lambda: AutoTokenizer.from_pretrained(ROOT / "data/tiny/seed"))  # of words
 
 
-def random_model(tokenizer, seed: int = 0, model_type: str = "mistral", **config):
+def random_model(tokenizer, model_type: str = "mistral", **config):
     """Make a model of two layers for this tokenizer, with random weights."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     small |= {"num_key_value_heads": 2, "sliding_window": None, "initializer_range": 0.3}
     small |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **small | config)).eval()
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def run(script: str, *arguments) -> None:
@@ -111,11 +105,17 @@ class Lab:
         (self.path / name).write_text("".join(lines), "utf-8")
         return self.path / name
 
+    def checkpoint(self, tokenizer, **config) -> Path:
+        """Save a small random model with this tokenizer."""
+        random_model(tokenizer, **config).save_pretrained(self.path / "seed")
+        tokenizer.save_pretrained(self.path / "seed")
+        return self.path / "seed"
+
     def read(self, name: str) -> list[dict]:
-        return read_jsonl(self.path / name)
+        return [json.loads(line) for line in (self.path / name).read_text("utf-8").splitlines()]
 
 
 run_script = session(lambda: run)
-tiny_records = session(lambda: read_jsonl(ROOT / "data/tiny/train.jsonl"))
+tiny_records = session(lambda: Lab(ROOT / "data/tiny", [], None).read("train.jsonl"))
 lab = pytest.fixture(lambda tmp_path, tiny_records, capsys: Lab(tmp_path, tiny_records, capsys))
 write_jsonl = pytest.fixture(lambda lab: lab.write)

@@ -50,7 +50,7 @@ CASES = [("--accumulation 2", True), ("--lora --gradient-checkpointing", False)]
 
 @pytest.mark.parametrize("options, bf16", CASES)
 def test_no_tensor_is_left_behind(options, bf16, lab, monkeypatch):
-    """Training, evaluating, and judging from a file, where rows leave the batch and others join it."""
+    """Train, evaluate, and judge, where rows leave the batch and others join it."""
     for module in (models, gen_cot, stage1_train):
         monkeypatch.setattr(module, "device", lambda: GPU)
         monkeypatch.setattr(module, "has_bf16", lambda: bf16)

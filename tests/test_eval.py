@@ -41,7 +41,7 @@ def test_metrics_and_reliability_by_hand_and_without_torch():
 
 
 def test_files_are_compared_in_pairs_and_all_is_counted(lab):
-    """A constant offset is the same in every resample. A file and its run.json are told by the whole path."""
+    """Resample all files alike: a constant offset has no interval. Tell files by their whole path."""
     off, rows = 0.5 + 0.1 * np.sin(np.arange(200)), predictions(200)
     near = [row | {"prediction": row["score"] + x} for row, x in zip(rows, off, strict=True)]
     far = [row | {"prediction": row["prediction"] + 1} for row in near]
@@ -62,7 +62,7 @@ def test_files_are_compared_in_pairs_and_all_is_counted(lab):
 
 
 def test_other_values_fewer_cots_and_renormalised(lab):
-    """Predictions are computed anew: half the mass is on x or, after a second CoT, on 100 − x."""
+    """Compute predictions anew, with half the mass on x or, after a second CoT, on 100 − x."""
     rows = predictions(30)
     for i, row in enumerate(rows):
         half = [p / 2 for p in row["score_probs"][0]]
@@ -83,5 +83,7 @@ def test_what_cannot_be_compared_is_refused(lab):
     for message, change in wrong.items():
         assert message in lab.fail("eval", path, lab.write("q.jsonl", [predictions(1)[0] | change]), *out)[1]
     assert "'r0' has fewer CoTs than --cots 2" in lab.fail("eval", path, "--cots", 2, *out)[1]
+    empty = lab.write("q.jsonl", [predictions(1)[0] | {"score_probs": [[0.0] * 5]}])
+    assert "no probability on any score" in lab.fail("eval", empty, "--renormalise", *out)[1]
     assert "is given twice" in lab.fail("eval", path, path, *out)[1] and not out[1].exists()
     assert "is there already" in lab.fail("eval", path, "--out", lab.path)[1]

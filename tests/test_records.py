@@ -8,7 +8,7 @@ import re
 import pytest
 
 import runs
-from records import SUFFIX, Grid, InputError, check_record, predicted, read_records
+from records import SUFFIX, Grid, InputError, check_record, read_records
 
 GOOD = {"id": "a", "prompt": "p", "cot": "c", "score": 4}
 NEXT = GOOD | {"id": "b"}
@@ -46,15 +46,6 @@ def test_a_bad_line_is_named_with_what_is_wrong(message, tmp_path):
             read_records(tmp_path / "bad.jsonl", Grid(), need)
 
 
-def test_a_script_ends_with_that_line_and_writes_nothing(lab):
-    lab.write("bad", [GOOD, NEXT | {"score": 6}]), lab.write("empty", [])
-    for wrong in ("bad:2: score 6 lies outside", "empty: no records in it", "none: no such file"):
-        data = "--data", lab.path / wrong.partition(":")[0]
-        code, said = lab.fail("stage1_train", *data, "--out", lab.path / "out")
-        assert code == 2 and said.startswith(f"{lab.path}/{wrong}") and said.count("\n") == 1
-        assert not list(lab.path.glob("out*"))
-
-
 def test_what_is_odd_but_whole_is_read_as_it_was_written(tmp_path):
     """Read a byte order mark, Windows line ends, blank lines, any language, unknown fields, NUL."""
     odd = {"id": "ä", "prompt": "Оцени: 🙂\u2028", "cot": "جيد\u0000", "score": 4.5, "mine": {"kept": [None]}}
@@ -78,7 +69,6 @@ def test_grid_values_nearest_token_and_options_that_are_refused():
     grid = Grid.parse("1=0, 3=50,5=100", "[RESULT]")
     assert grid == (("1", "3", "5"), (0, 50, 100), " [RESULT] ") == Grid.parse(str(grid), grid.suffix)
     assert [grid.tokens[grid.nearest(s)] for s in (0, 24.9, 25, 75, 100)] == ["1", "1", "3", "5", "5"]
-    assert check_record({"id": "a", "cot": f"No.{SUFFIX}5"}, grid, ("id",)) is None
     assert "holds '[RESULT]'" in check_record({"id": "a", "cot": "Good. [RESULT] 5"}, grid, ("id",))
     for wrong in ("1", "1,1", "3,2", "a,b", "1=nan,2=3", "1,2=inf", "1,,2"):
         with pytest.raises(InputError, match="--grid"):
@@ -89,11 +79,3 @@ def test_grid_values_nearest_token_and_options_that_are_refused():
     for kind, text in ((kind, text) for kind, texts in wrong.items() for text in texts.split()):
         with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is not between"):
             kind(text)
-
-
-def test_expected_scores_are_averaged_and_renormalised_only_where_there_is_mass():
-    probs = [[0, 0.2, 0, 0.6, 0], [0.5, 0, 0, 0, 0]]
-    assert predicted(probs[:1], Grid()) == (2.8, 4) and predicted(probs, Grid()) == (1.65, 2.5)
-    assert predicted(probs, Grid(), renormalise=True) == (2.25, 2.5)
-    with pytest.raises(InputError, match="no probability on any score"):
-        predicted([*probs, [0.0] * 5], Grid(), renormalise=True)
