@@ -162,8 +162,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder / "model")
-        make_records(folder / "train.jsonl", 32)
-        make_records(folder / "test.jsonl", 12)
+        make_records(folder / "train.jsonl", 24)
+        make_records(folder / "test.jsonl", 10)
         for task in args.tasks:
             turns = [[], []]
             for i, (turn, root) in itertools.product(range(args.rounds), enumerate((args.against, ROOT))):

@@ -147,7 +147,7 @@ def tables(report: dict) -> str:
 
 
 def draw(report: dict, path: Path) -> None:
-    """Draw methods, whose CoTs, and grids side by side."""
+    """Draw methods, whose CoTs, losses by grid, and their calibration side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -155,9 +155,8 @@ def draw(report: dict, path: Path) -> None:
 
     cells = Cells(report["cells"])
     test = cells.test
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(15, 4.6), layout="constrained", gridspec_kw={"width_ratios": [1.5, 0.8, 1]}
-    )
+    options = {"layout": "constrained", "gridspec_kw": {"width_ratios": [1.5, 0.7, 1, 0.9]}}
+    figure, (left, middle, right, last) = plt.subplots(1, 4, figsize=(17, 4.6), **options)
 
     lines = [line for line in LINES if line[1] != "seed" and (line[1], test, line[2]) in cells.of][::-1]
     for y, (_, row, reading, _) in enumerate(lines):
@@ -190,12 +189,23 @@ def draw(report: dict, path: Path) -> None:
         found = [cells.of.get((f"real-{grid}-{loss}", where, "rail")) for grid in GRIDS]
         if all(found):
             label = LOSSES[loss] if where == test else None
-            right.plot(range(3), [c["rmse"]["mean"] for c in found], style, color=color, label=label)
+            means = [c["rmse"]["mean"] for c in found]
+            right.plot(range(3), means, style, color=color, label=label, markersize=4)
     right.set_xticks(range(3), [" ".join(grid) for grid in GRIDS])
-    right.set(xlabel="score grid", ylabel="RMSE on real-valued targets", ylim=(0, None))
-    right.set_title("real-valued targets (dotted: out of domain)")
+    right.set(xlabel="score grid", ylabel="RMSE", xlim=(-0.2, 2.2), ylim=(0, None))
+    right.set_title("real-valued targets (dotted: out of domain)", fontsize=10)
     if right.lines:
         right.legend(frameon=False, fontsize=8)
+
+    for y, (loss, color) in enumerate(colors.items()):
+        cell = cells.of.get(("tract" if loss == "tract" else f"rating-12345-{loss}", test, "rail"))
+        if cell:
+            last.barh(y, cell["calibration_error"]["mean"], color=color, alpha=0.35)
+            values = cell["calibration_error"]["per_seed"]
+            last.plot(values, [y] * len(values), ".", color="black", markersize=4)
+    last.set_yticks(range(len(colors)), ["CE", "NTL", "RPS", "two-hot: as CE", "TRACT"])
+    last.set_xlabel("calibration error")
+    last.set_title("score distribution, on ratings", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
