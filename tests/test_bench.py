@@ -130,6 +130,9 @@ def test_ideal_judges_know_how_the_task_is_drawn():
 def test_committed_tables_come_from_the_committed_numbers(tmp_path, run_script):
     run_script("results.ablations.draw", "--out", tmp_path)
     assert (tmp_path / "tables.md").read_bytes() == (RESULTS / "tables.md").read_bytes()
+    tables = (RESULTS / "tables.md").read_text("utf-8")
+    page, _, _ = (ROOT / "docs/results.md").read_text("utf-8").partition("## The demo")
+    assert all(line in tables for line in page.splitlines() if line.startswith("|"))
     report = json.loads((RESULTS / "metrics.json").read_text("utf-8"))
     assert report["settings"] == SETTINGS
     for name, metrics in ideal.metrics(ROOT / "data/tiny/test.jsonl").items():

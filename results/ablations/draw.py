@@ -40,7 +40,7 @@ LOSSES = {  # row of bench/ablations.py → CE at the score, and penalty
     "tract-0.3": "TRACT, λ = 0.3",
     "tract-3": "TRACT, λ = 3",
     "only-tract": "squared error, no CE on the score",
-    "only-rps": "RPS, no CE on the score",
+    "only-rps": "RPS, no CE on the score; renormalised",  # mass off the grid costs it nothing
 }
 TARGETS = {
     "rating": "ratings",
@@ -127,11 +127,14 @@ def losses(cells: Cells) -> str:
         if (row, cells.test, "rail") not in cells.of or (row == "tract" and grid != "12345"):
             continue
         names = [TARGETS[targets], " ".join(grid), LOSSES[loss]]
+        how = "renormalised" if loss == "only-rps" else "rail"
         for test, rows in found.items():
-            means = [cells.mean(row, m, test=test) for m in ("pearson", "rmse")]
-            rows.append([*names, *means, *(cells.difference(row, m, test=test) for m in ("pearson", "rmse"))])
-        to_tract = cells.difference(row, "log_score")
-        spread.append([*names, *cells.reliability(row), to_tract, *cells.reliability(row, test=OOD)])
+            means = [cells.mean(row, m, how, test) for m in ("pearson", "rmse")]
+            apart = [cells.difference(row, m, how, test) for m in ("pearson", "rmse")]
+            rows.append([*names, *means, *apart])
+        to_tract = cells.difference(row, "log_score", how)
+        of_each = [*cells.reliability(row, how), to_tract, *cells.reliability(row, how, OOD)]
+        spread.append([*names, *of_each])
     text, first = "", ["targets", "grid", "loss of stage 2"]
     for test, rows in found.items():
         text += f"## Losses, {'out of' if test == OOD else 'in'} domain\n\n"
@@ -197,13 +200,14 @@ def draw(report: dict, path: Path) -> None:
     if right.lines:
         right.legend(frameon=False, fontsize=8)
 
-    for y, (loss, color) in enumerate(colors.items()):
+    names = {"ce": "CE (or two-hot)", "ntl": "NTL", "rps": "RPS", "tract": "TRACT"}
+    for y, loss in enumerate(names):
         cell = cells.of.get(("tract" if loss == "tract" else f"rating-12345-{loss}", test, "rail"))
         if cell:
-            last.barh(y, cell["calibration_error"]["mean"], color=color, alpha=0.35)
+            last.barh(y, cell["calibration_error"]["mean"], color=colors[loss], alpha=0.35)
             values = cell["calibration_error"]["per_seed"]
             last.plot(values, [y] * len(values), ".", color="black", markersize=4)
-    last.set_yticks(range(len(colors)), ["CE", "NTL", "RPS", "two-hot: as CE", "TRACT"])
+    last.set_yticks(range(len(names)), names.values())
     last.set_xlabel("calibration error")
     last.set_title("score distribution, on ratings", fontsize=10)
     figure.savefig(path, dpi=110)
