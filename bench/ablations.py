@@ -57,7 +57,7 @@ LOSSES = {
     "ce": "--lambda 0",
     "two-hot": "--lambda 0 --score-ce two-hot",
     "rps": "--penalty rps",
-    "ntl": "--penalty ntl --lambda 0.3",  # its paper's weight; 1 was worse on held-out records
+    "ntl": "--penalty ntl --lambda 0.3",  # 1 was worse on held-out records
     "tract-0.3": "--lambda 0.3",
     "tract-3": "--lambda 3",
     "two-hot-tract": "--score-ce two-hot",
