@@ -38,6 +38,7 @@ def test_worked_examples_of_two_hot_and_the_penalties():
     assert two_hot(torch.tensor([4.0, 1, 3, 5]), three).tolist() == [[0, 0.5, 0.5], *torch.eye(3).tolist()]
     found = [penalty_of(kind, torch.tensor([AT_SCORE]), four, **TWO) for kind in ("squared", "rps", "ntl")]
     assert torch.cat(found).tolist() == pytest.approx([0.64, 0, 1.5], abs=1e-6)
+    assert penalty_of("rps", torch.tensor([AT_SCORE]), four + 1, **TWO).item() == pytest.approx(4 * 0.25**2)
 
 
 def random_batch(seed: int):

@@ -16,16 +16,20 @@ from records import Grid
 from stage1_train import windows
 
 
-def plain_loss(model, window: list[Example], score_ids: list[int], masked: bool, summed: bool):
-    """Compute CE and mean squared error from full logits, one sequence at a time, as the formula says."""
-    nll, squared, n = 0.0, 0.0, 0
+def plain_loss(model, window: list[Example], score_ids: list[int], options: str):
+    """Compute CE and mean penalty from full logits, one sequence at a time, as the formulas say."""
+    nll, penalty, n = 0.0, 0.0, 0
     for e in window:
         log_p = model(torch.tensor([list(e.ids)])).logits[0].log_softmax(-1)
-        expected = sum(log_p[e.score_position - 1, score_ids[v - 1]].exp() * v for v in range(1, 6))
-        squared = squared + (expected - e.score) ** 2
-        for t in set(range(e.start, len(e.ids))) - ({e.score_position} if masked else set()):
+        p = log_p[e.score_position - 1, score_ids].exp()
+        if "ntl" in options:
+            apart = sum(p[v - 1] * abs(v - e.score) for v in range(1, 6)) / p.sum()
+        else:
+            apart = (sum(p[v - 1] * v for v in range(1, 6)) - e.score) ** 2
+        penalty = penalty + apart
+        for t in set(range(e.start, len(e.ids))) - ({e.score_position} if "none" in options else set()):
             nll, n = nll - log_p[t - 1, e.ids[t]], n + 1
-    return nll / (len(window) if summed else n), squared / len(window)
+    return nll / (len(window) if "sum" in options else n), penalty / len(window)
 
 
 def plain_training(plan: list[list[Example]], how: tuple):
@@ -49,7 +53,7 @@ def plain_training(plan: list[list[Example]], how: tuple):
 SPLITS = [(8, 1, 10_000), (1, 8, 10_000), (8, 1, 7), (2, 4, 1)]  # --batch-size, --accumulation, rows a head
 
 
-@pytest.mark.parametrize("options", ["--gradient-checkpointing", "--score-ce none", "--ce-sum"])
+@pytest.mark.parametrize("options", ["--gradient-checkpointing", "--score-ce none", "--ce-sum --penalty ntl"])
 def test_the_loop_equals_a_plain_one_for_any_split(options, lab, tiny_tokenizer, monkeypatch):
     """Train on real-valued scores, 8 or in the end 3 examples a step, with the head over a few rows."""
     rows = [r | {"score": 0.9 * r["score"] + 0.2} for r in lab.rows[:19]]
@@ -59,9 +63,9 @@ def test_the_loop_equals_a_plain_one_for_any_split(options, lab, tiny_tokenizer,
     _, score_ids = score_tokens(tiny_tokenizer, Grid())
     examples = [encode(tiny_tokenizer, r, Grid(), score_ids) for r in rows]
     plan = [window for epoch in range(2) for window in windows(examples, 8, 3 + epoch)]
-    model, steps = plain_training(plan, (score_ids, "none" in options, "sum" in options))
+    model, steps = plain_training(plan, (score_ids, options))
     with torch.no_grad():
-        ce, squared = plain_loss(model, examples[:5], score_ids, False, False)
+        ce, squared = plain_loss(model, examples[:5], score_ids, "")
     seen = []  # rows that the head is applied to at once: never a prompt's, never more than LOGITS allow
     monkeypatch.setattr(stage1_train, "head", lambda model, x: seen.append(len(x)) or head(model, x))
     command = ["stage1_train", "--data", data, "--valid", valid, "--epochs", 2, "--seed", 3, *options.split()]
