@@ -179,7 +179,7 @@ def draw(report: dict, path: Path) -> None:
             middle.plot([x for x, _ in points], values, ".-", color=color, alpha=0.6)
             middle.text(1.05, points[1][1]["rmse"]["mean"], label, color=color)
     middle.set_xticks([0, 1], ["annotated CoTs", "own CoTs"])
-    middle.set(xlim=(-0.2, 1.4), ylabel="RMSE", title="whose CoTs?")
+    middle.set(xlim=(-0.2, 1.6), ylabel="RMSE", title="whose CoTs?")
 
     colors = {
         "ce": "tab:blue",
@@ -195,7 +195,7 @@ def draw(report: dict, path: Path) -> None:
             means = [c["rmse"]["mean"] for c in found]
             right.plot(range(3), means, style, color=color, label=label, markersize=4)
     right.set_xticks(range(3), [" ".join(grid) for grid in GRIDS])
-    right.set(xlabel="score grid", ylabel="RMSE", xlim=(-0.2, 2.2), ylim=(0, None))
+    right.set(xlabel="score grid", ylabel="RMSE", xlim=(-0.25, 2.25), ylim=(0, 2.3))
     right.set_title("real-valued targets (dotted: out of domain)", fontsize=10)
     if right.lines:
         right.legend(frameon=False, fontsize=8)
