@@ -1,5 +1,5 @@
-"""The two formulas of TRACT (arXiv 2503.04381), the RAIL predictor and the CoT-RAFT loss, tensors in and out;
-and what else may stand for the loss's two parts at the score: the cross-entropy and the penalty.
+"""The two formulas of TRACT (arXiv 2503.04381): the RAIL predictor and the CoT-RAFT loss; tensors in and out.
+The loss has other choices, too, for what it computes at the score: the cross-entropy and the penalty.
 
 Letters: R supervised rows (positions whose next token carries loss), B sequences, V vocabulary, S scores.
 """
@@ -45,7 +45,9 @@ def two_hot(true_scores: Tensor, score_values: Tensor) -> Tensor:
     return F.pad(F.pad(up_to, (1, 0)), (0, 1), value=1).diff()  # from cumulated shares to shares
 
 
-def penalty_of(kind: str, logits: Tensor, true_scores: Tensor, score_ids, score_values) -> Tensor:
+def penalty_of(
+    kind: str, logits: Tensor, true_scores: Tensor, score_ids: Tensor, score_values: Tensor
+) -> Tensor:
     """Return what λ weighs, (B,): how far each score distribution is from its true score y.
 
     squared  (Σ_v p(v) · v − y)², RAFT's. Least where the expected score is the mean of y. Mass off the grid

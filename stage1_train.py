@@ -153,7 +153,7 @@ def evaluate(model, examples: list[Example], loss: Callable[..., Loss], pad_id: 
     model.eval()
     order, sums = sorted(examples, key=lambda e: len(e.ids)), torch.zeros(2, device=device())
     n_tokens = sum(e.supervised for e in examples)
-    usual = {"score_ce": "token", "penalty": "squared", "ce_sum": False}  # whatever is trained with
+    usual = {"score_ce": "token", "penalty": "squared", "ce_sum": False}  # so that runs compare
     loss = partial(loss, **usual, n_tokens=n_tokens, n_sequences=len(examples))
     for i in range(0, len(order), batch_size):
         batch = collate(order[i : i + batch_size], pad_id)
@@ -295,7 +295,12 @@ def make_parser(description: str, stage: int) -> argparse.ArgumentParser:
     add = parser.add_argument_group("loss: ce-weight · CE + λ · penalty, as in loss.py").add_argument
     add("--lambda", dest="lam", type=WEIGHT, default=1.0, help="λ, weight of the penalty; 0 leaves CE")
     add("--penalty", choices=("squared", "rps", "ntl"), default="squared", help="distance to the true score")
-    add("--ce-weight", type=WEIGHT, default=1.0, help="weight of the cross-entropy; 0 leaves pure RAFT")
+    add(
+        "--ce-weight",
+        type=WEIGHT,
+        default=1.0,
+        help="weight of the cross-entropy; 0 leaves the penalty alone",
+    )
     add("--score-ce", choices=("token", "two-hot", "none"), default="token", help="what CE sees at the score")
     add("--ce-sum", action="store_true", help="sum CE over a sequence, as the formula; else mean of tokens")
     add = parser.add_argument_group("optimiser").add_argument

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import MistralForCausalLM  # noqa: F401, what every command needs takes seconds to import
+from transformers import MistralForCausalLM  # noqa: F401, so that forked commands need not import it
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import runs
@@ -79,13 +79,8 @@ STEPS |= {
 INTEGER = ("ce", "rps", "ntl")  # on integers and the grid 1 to 5, two-hot is the token
 REAL = ("tract", "ce", "two-hot", "rps", "ntl")
 COMPARED = {  # targets and grid of stage 2 → losses
-    "rating-12345": (
-        *INTEGER,
-        "tract-0.3",
-        "tract-3",
-        "only-tract",
-        "only-rps",
-    ),  # their TRACT is the main row
+    # On ratings, TRACT itself is the main row of that name
+    "rating-12345": (*INTEGER, "tract-0.3", "tract-3", "only-tract", "only-rps"),
     "few-rating-12345": ("tract", *INTEGER),
     "few-real-15": REAL,
     "real-15": (*REAL, "two-hot-tract", "only-tract", "only-rps"),
@@ -95,7 +90,7 @@ COMPARED = {  # targets and grid of stage 2 → losses
     "rounded-135": REAL,
     "rounded-12345": ("tract", *INTEGER),
 }
-LOSS = [f"{where}-{loss}" for where, losses in COMPARED.items() for loss in losses]
+LOSS = {f"{where}-{loss}": where for where, losses in COMPARED.items() for loss in losses}
 for where, losses in COMPARED.items():
     targets, _, grid = where.rpartition("-")
     cots = "a1.cots.jsonl" if targets == "rating" else f"{targets}.cots.jsonl"
@@ -104,7 +99,7 @@ for where, losses in COMPARED.items():
 
 SETTINGS = ROOT / "results/ablations/settings.json"  # options of both training scripts
 RESAMPLES = 1000  # of seeds and records
-GROUPS = {"main": MAIN, "loss": LOSS}
+GROUPS = {"main": MAIN, "loss": [*LOSS]}
 ROWS = [*MAIN, *LOSS]
 
 
@@ -125,12 +120,12 @@ def tests_of(row: str, split: str) -> dict[str, str]:
 
 def is_real(row: str) -> bool:
     """Tell whether a row is tested on real-valued scores."""
-    return row in LOSS and "rating" not in row
+    return "rating" not in LOSS.get(row, "rating")
 
 
 def reference(row: str) -> str:
     """Return the row that a row is compared with: TRACT on the same targets and grid."""
-    where = next((where for where in COMPARED if row.startswith(f"{where}-")), "rating-12345")
+    where = LOSS.get(row, "rating-12345")
     return "tract" if where == "rating-12345" else f"{where}-tract"
 
 
@@ -177,16 +172,14 @@ def run_all(commands: dict[str, str], jobs: int) -> None:
             raise InputError(f"{out}: was not made by `{command}`; remove it, or choose another --out")
         log.parent.mkdir(parents=True, exist_ok=True)
     left, running = [out for out in commands if not Path(out).exists()], {}
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads, fork = max(1, (os.cpu_count() or 1) // jobs), multiprocessing.get_context("fork")
     with runs.progress(len(commands), len(commands) - len(left), "ablations", "command") as bar:
         while left or running:
             unmade = {*left, *(out for out, _ in running.values())}
             ready = [out for out in left if unmade.isdisjoint(commands[out].split()[:-1])]
             for out in ready[: jobs - len(running)]:
                 left.remove(out)
-                process = multiprocessing.get_context("fork").Process(
-                    target=run_command, args=(out, commands[out], threads)
-                )
+                process = fork.Process(target=run_command, args=(out, commands[out], threads))
                 process.start()
                 running[process.sentinel] = out, process
             for sentinel in connection.wait(running):
@@ -212,13 +205,14 @@ def readings(path: str) -> tuple[dict[str, Reading], np.ndarray]:
     share, n = two_hot(torch.tensor(true), torch.tensor(values)).numpy(), probs.shape[1]  # (records, S)
     found = {}
     for cots, at in {1: "", n: f"@{n}" if n > 1 else ""}.items():
-        for name in ("rail", "renormalised"):
-            of = probs[:, :cots] / (1 if name == "rail" else probs[:, :cots].sum(-1, keepdims=True))
-            p = of.mean(1)  # (records, S)
+        first = probs[:, :cots]  # (records, CoTs, S)
+        for name, each in (("rail", first), ("renormalised", first / first.sum(-1, keepdims=True))):
+            p = each.mean(1)  # (records, S)
+            log_score = (np.log(p.clip(1e-7)) * share).sum(1)
             right = share[np.arange(len(rows)), p.argmax(1)]
-            rest = (np.log(p.clip(1e-7)) * share).sum(1), p.max(1), right
-            found[name + at] = Reading(p @ values, *rest)
-        found["decoded" + at] = Reading(values[probs[:, :cots].argmax(-1)].mean(1), *rest)
+            found[name + at] = Reading(p @ values, log_score, p.max(1), right)
+        decoded = values[first.argmax(-1)].mean(1)  # of the same distribution
+        found["decoded" + at] = found["renormalised" + at]._replace(predictions=decoded)
     return found, true
 
 

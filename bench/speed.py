@@ -134,7 +134,7 @@ def measure(root: Path, task: str, folder: Path, out: Path) -> dict:
 
 def summary(report: dict) -> str:
     """Return the measurements as a Markdown table."""
-    from results.tables import table
+    from results.tables import table  # this checkout's: the other one may have none
 
     rows = []
     for task, entry in report["tasks"].items():

@@ -118,4 +118,3 @@ class Lab:
 run_script = session(lambda: run)
 tiny_records = session(lambda: Lab(ROOT / "data/tiny", [], None).read("train.jsonl"))
 lab = pytest.fixture(lambda tmp_path, tiny_records, capsys: Lab(tmp_path, tiny_records, capsys))
-write_jsonl = pytest.fixture(lambda lab: lab.write)

@@ -59,7 +59,7 @@ def test_commands_run_once_and_a_failure_is_named(tmp_path, monkeypatch):
         ablations.run_all({good: f"{commands[good]} --seed 2"}, jobs=1)
 
 
-def test_rows_are_summed_up(tmp_path, write_jsonl):
+def test_rows_are_summed_up(tmp_path, lab):
     """Two seeds, certain predictions: those of seed 2 are one too high, or a constant."""
     true, high, three = [1, 2, 3, 4, 5, 3], [2, 3, 4, 5, 5, 4], [3] * 6
     tract, ce = "few-rating-12345-tract", "few-rating-12345-ce"
@@ -70,14 +70,15 @@ def test_rows_are_summed_up(tmp_path, write_jsonl):
         rows = [{"prompt": "x", "score": y, "finished": [True] * 2} for y in true]
         for row, score in zip(rows, scores, strict=True):
             row["score_probs"] = [[0.8 * (score == value) for value in range(1, 6)]] * 2
-        write_jsonl(f"{name}.valid.jsonl", rows)
+        lab.write(f"{name}.valid.jsonl", rows)
     arguments = [str(tmp_path / "1"), str(tmp_path / "2")], [tract, ce], "valid"
-    one, other = (c for c in ablations.summarise(*arguments)["cells"] if c["reading"] == "renormalised")
+    cells = ablations.summarise(*arguments)["cells"]
+    one, other = (c for c in cells if c["reading"] == "renormalised")
     assert one["rmse"]["per_seed"] == pytest.approx([0, (5 / 6) ** 0.5])
     assert one["pearson"]["per_seed"][0] == pytest.approx(1) and other["pearson"]["mean"] == 0
     assert one["log_score"]["per_seed"] == pytest.approx([0, 5 / 6 * math.log(1e-7)])
     assert other["calibration_error"]["mean"] == pytest.approx(4 / 6)
-    rail = [c for c in ablations.summarise(*arguments)["cells"] if c["reading"] == "rail"]
+    rail = [c for c in cells if c["reading"] == "rail"]
     assert rail[0]["log_score"]["per_seed"][0] == pytest.approx(math.log(0.8)) and "difference" not in rail[0]
     assert rail[0]["calibration_error"]["per_seed"] == pytest.approx([0.2, 0.8 - 1 / 6])
     rmse = [0.8 * np.array(scores) - true for scores in certain.values()]
@@ -85,7 +86,7 @@ def test_rows_are_summed_up(tmp_path, write_jsonl):
     difference = rail[1]["difference"]["rmse"]
     assert difference["value"] == pytest.approx(rmse[2] - (rmse[0] + rmse[1]) / 2)
     assert difference["low"] <= difference["value"] <= difference["high"]
-    write_jsonl(f"2/{ce}.valid.jsonl", rows[1:])
+    lab.write(f"2/{ce}.valid.jsonl", rows[1:])
     with pytest.raises(ablations.InputError, match=f"{ce}: not tested on the records that others were"):
         ablations.summarise(*arguments)
 
@@ -107,10 +108,10 @@ def test_bootstrap_resamples_seeds_and_records():
     assert samples[1:].std() == pytest.approx(1 / 800**0.5, rel=0.2)
 
 
-def test_log_score_and_calibration_of_a_score_between_two_tokens(tmp_path, write_jsonl):
+def test_log_score_and_calibration_of_a_score_between_two_tokens(tmp_path, lab):
     """On the grid 1 and 5, a true score of 4 is a 5 in three of four cases."""
     rows = [{"prompt": "x", "score": 4, "finished": [True], "score_probs": [[0.2, 0.6]]}] * 2
-    write_jsonl("p.jsonl", rows)
+    lab.write("p.jsonl", rows)
     (tmp_path / "p.run.json").write_text('{"arguments": {"grid": "1,5"}}')
     found, true = ablations.readings(f"{tmp_path}/p.jsonl")
     assert [*true] == [4, 4] and [*found["rail"].predictions] == pytest.approx([3.2, 3.2])

@@ -78,6 +78,12 @@ class Cells:
         return [self.mean(row, metric, reading, test) for metric in ("log_score", "calibration_error")]
 
 
+def row_of(targets: str, grid: str, loss: str) -> str:
+    """Return the row of bench/ablations.py; TRACT on ratings is one of the main rows."""
+    row = f"{targets}-{grid}-{loss}"
+    return "tract" if row == "rating-12345-tract" else row
+
+
 def interval(entry: dict) -> str:
     return "" if entry["value"] is None else "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**entry)
 
@@ -123,8 +129,8 @@ def losses(cells: Cells) -> str:
     """Return the tables of losses: predictions, in and out of domain, and the score distribution."""
     found, spread = {cells.test: [], OOD: []}, []
     for targets, grid, loss in itertools.product(TARGETS, GRIDS, LOSSES):
-        row = "tract" if (targets, loss) == ("rating", "tract") else f"{targets}-{grid}-{loss}"
-        if (row, cells.test, "rail") not in cells.of or (row == "tract" and grid != "12345"):
+        row = row_of(targets, grid, loss)
+        if (row, cells.test, "rail") not in cells.of:
             continue
         names = [TARGETS[targets], " ".join(grid), LOSSES[loss]]
         how = "renormalised" if loss == "only-rps" else "rail"
@@ -156,6 +162,10 @@ def draw(report: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    def bar(axis, y: int, values: dict, color: str) -> None:
+        axis.barh(y, values["mean"], color=color, alpha=0.35)
+        axis.plot(values["per_seed"], [y] * len(values["per_seed"]), ".", color="black", markersize=4)
+
     cells = Cells(report["cells"])
     test = cells.test
     options = {"layout": "constrained", "gridspec_kw": {"width_ratios": [1.5, 0.7, 1, 0.9]}}
@@ -163,9 +173,8 @@ def draw(report: dict, path: Path) -> None:
 
     lines = [line for line in LINES if line[1] != "seed" and (line[1], test, line[2]) in cells.of][::-1]
     for y, (_, row, reading, _) in enumerate(lines):
-        cell = cells.of[row, test, reading]["pearson"]
-        left.barh(y, cell["mean"], color="tab:orange" if row == "tract" else "tab:blue", alpha=0.35)
-        left.plot(cell["per_seed"], [y] * len(cell["per_seed"]), ".", color="black", markersize=4)
+        color = "tab:orange" if row == "tract" else "tab:blue"
+        bar(left, y, cells.of[row, test, reading]["pearson"], color)
     left.set_yticks(range(len(lines)), [line[0] for line in lines])
     for (name, values), style in zip(report["ideal"][test].items(), (":", "-.", "--"), strict=True):
         left.axvline(values["pearson"], color="black", linestyle=style, linewidth=1, label=f"ideal {name}")
@@ -189,7 +198,7 @@ def draw(report: dict, path: Path) -> None:
         "tract": "tab:orange",
     }
     for (loss, color), (where, style) in itertools.product(colors.items(), ((test, "o-"), (OOD, "o:"))):
-        found = [cells.of.get((f"real-{grid}-{loss}", where, "rail")) for grid in GRIDS]
+        found = [cells.of.get((row_of("real", grid, loss), where, "rail")) for grid in GRIDS]
         if all(found):
             label = LOSSES[loss] if where == test else None
             means = [c["rmse"]["mean"] for c in found]
@@ -202,11 +211,8 @@ def draw(report: dict, path: Path) -> None:
 
     names = {"ce": "CE (or two-hot)", "ntl": "NTL", "rps": "RPS", "tract": "TRACT"}
     for y, loss in enumerate(names):
-        cell = cells.of.get(("tract" if loss == "tract" else f"rating-12345-{loss}", test, "rail"))
-        if cell:
-            last.barh(y, cell["calibration_error"]["mean"], color=colors[loss], alpha=0.35)
-            values = cell["calibration_error"]["per_seed"]
-            last.plot(values, [y] * len(values), ".", color="black", markersize=4)
+        if cell := cells.of.get((row_of("rating", "12345", loss), test, "rail")):
+            bar(last, y, cell["calibration_error"], colors[loss])
     last.set_yticks(range(len(names)), names.values())
     last.set_xlabel("calibration error")
     last.set_title("score distribution, on ratings", fontsize=10)
