@@ -295,12 +295,7 @@ def make_parser(description: str, stage: int) -> argparse.ArgumentParser:
     add = parser.add_argument_group("loss: ce-weight · CE + λ · penalty, as in loss.py").add_argument
     add("--lambda", dest="lam", type=WEIGHT, default=1.0, help="λ, weight of the penalty; 0 leaves CE")
     add("--penalty", choices=("squared", "rps", "ntl"), default="squared", help="distance to the true score")
-    add(
-        "--ce-weight",
-        type=WEIGHT,
-        default=1.0,
-        help="weight of the cross-entropy; 0 leaves the penalty alone",
-    )
+    add("--ce-weight", type=WEIGHT, default=1.0, help="weight of the CE; 0 leaves the penalty alone")
     add("--score-ce", choices=("token", "two-hot", "none"), default="token", help="what CE sees at the score")
     add("--ce-sum", action="store_true", help="sum CE over a sequence, as the formula; else mean of tokens")
     add = parser.add_argument_group("optimiser").add_argument
