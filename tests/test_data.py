@@ -63,6 +63,40 @@ def test_bench_items_with_one_label_or_several(lab):
     assert not (lab.path / "none").exists()
 
 
+def test_interpretable_sts_puts_alignments_into_words_and_averages_scores(lab):
+    """The order is that of the first sentence; a pair without score, twice or in --without is left out."""
+    aligned = """<sentence id="{}" status="">
+// A man sleeps -LRB- well -RRB- .
+// A man 's asleep in a chair , outside .
+<alignment>
+0 <==> 5 6 7 // NOALI // NIL // -not aligned- <==> in a chair
+0 <==> 9 // NOALI // NIL // -not aligned- <==> outside
+3 <==> 3 4 // SPE1_FACT // 4 // sleeps <==> 's asleep
+1 2 <==> 1 2 // EQUI // 5 // A man <==> A man
+5 <==> 0 // NOALI // NIL // -LRB- well -RRB- <==> -not aligned-
+7 <==> 0 // NOALI // NIL // . <==> -not aligned-
+</alignment>
+</sentence>
+"""
+    other = aligned.replace("sleeps", "rests")
+    (lab.path / "STSint.input.images.wa").write_text(aligned.format(1) + aligned.format(2) + other.format(3))
+    gold = "{}\tA man sleeps (well).\tA man's asleep in a chair, outside.\n"
+    (lab.path / "gold.tsv").write_text(
+        gold.format(4) + gold.format(3.5) + gold.format("").replace("A", "The")
+    )
+    how = ("ists", "--alignments", lab.path, "--gold", lab.path, "--out")
+    said = prepare(*how, lab.path / "made.jsonl")
+    assert LEFT_OUT.findall(said) == ["1: a pair", "1: no gold"]
+    (record,) = lab.read("made.jsonl")
+    only = "Only in 1: well. Only in 2: in a chair; outside."
+    assert record["cot"] == f"A man / A man: same, 5. sleeps / 's asleep: 1 says more, 4. {only}"
+    assert (record["id"], record["score"]) == ("images-1", 3.75)
+    assert record["prompt"].endswith("1: A man sleeps (well).\n2: A man's asleep in a chair, outside.")
+    assert "nothing to keep" in prepare(*how, lab.path / "again.jsonl", "--without", lab.path / "made.jsonl")
+    (lab.path / "gold.tsv").write_text("4\tonly one sentence\n")
+    assert "gold.tsv:1: not score, sentence, sentence" in prepare(*how, lab.path / "again.jsonl")
+
+
 def test_committed_tiny_data_is_what_its_script_makes(lab):
     for targets in ("rating", "real"):
         prepare("tiny", "--out", lab.path, "--targets", targets)
