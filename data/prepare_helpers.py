@@ -1,6 +1,8 @@
 """Read and clean the files of other people's data sets, for the prepare.py of each."""
 
 import json
+import os
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,25 @@ def read_items(path: str) -> list:
     if not items:
         raise InputError(f"{path}: no rows in it; was it cut off while being downloaded?")
     return items
+
+
+def read_hub(hub_id: str, split: str, file: str, folder: str):
+    """Load a data set from the hub; without the hub, what an earlier run left of it. Raises InputError."""
+    try:
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        urllib.request.urlopen(f"{hub}/api/datasets/{hub_id}", timeout=10).close()
+    except OSError:
+        # Before the import of `datasets`, which would try for half a minute and warn of every try
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    import datasets
+
+    try:
+        return datasets.load_dataset(hub_id, split=split)
+    except Exception as error:  # `datasets` and the libraries below it have no base class of errors in common
+        raise InputError(
+            f"{hub_id}: can't be had from the hub ({type(error).__name__}); download {file} from "
+            f"huggingface.co/datasets/{hub_id}, then: python data/{folder}/prepare.py --file {file}"
+        ) from None
 
 
 def sort_out(made: list[dict | str], path: str) -> tuple[list[dict], str]:

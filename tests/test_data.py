@@ -63,6 +63,47 @@ def test_bench_items_with_one_label_or_several(lab):
     assert not (lab.path / "none").exists()
 
 
+def test_feedbackqa_averages_raters_and_takes_the_explanation_of_one_or_of_each(lab):
+    """Words of the ratings become numbers; a broken item or a question of another file is left out."""
+    page = {
+        "page_title": "Covid",
+        "section_headers": ["Masks", "Why?"],
+        "section_content": "one  two\nthree four",
+    }
+    item = {
+        "question": " Why? ",
+        "passage": {"reference": page},
+        "rating": ["Excellent", "Bad", "Acceptable"],
+    }
+    item |= {"feedback": [" It says why. ", "It does not.", "It does, in part."], "domain": "WHO"}
+    items = [
+        item,
+        item | {"rating": ["Superb"] * 3},
+        item | {"feedback": ["Alone."]},
+        item | {"question": "WHO?"},
+    ]
+    (lab.path / "items.json").write_text(json.dumps(items))
+    lab.write("other.jsonl", [{"question": "Who?"}])
+    how = (
+        "feedbackqa",
+        "--file",
+        lab.path / "items.json",
+        "--without",
+        lab.path / "other.jsonl",
+        "--max-words",
+        3,
+    )
+    said = prepare(*how, "--out", lab.path / "one.jsonl")
+    assert LEFT_OUT.findall(said) == ["1: not an", "1: an empty", "1: a question"]
+    (record,) = lab.read("one.jsonl")
+    assert record["prompt"].endswith("Question: Why?\n\nPassage (Covid > Masks > Why?): one two three …")
+    assert (record["id"], record["score"], record["ratings"]) == ("fq-0000", 2.67, [4, 1, 3])
+    prepare(*how, "--all-raters", "--out", lab.path / "each.jsonl")
+    each = lab.read("each.jsonl")
+    assert [r["cot"] for r in each] == ["It says why.", "It does not.", "It does, in part."]
+    assert record["cot"] in [r["cot"] for r in each] and len({r["id"] for r in each}) == 3
+
+
 def test_interpretable_sts_puts_alignments_into_words_and_averages_scores(lab):
     """The order is that of the first sentence; a pair without score, twice or in --without is left out."""
     aligned = """<sentence id="{}" status="">

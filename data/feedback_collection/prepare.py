@@ -10,41 +10,18 @@ prompt is on both. A row that lacks prompt, feedback or score is left out, and c
 
 import argparse
 import hashlib
-import os
 import re
 import sys
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import runs
-from data.prepare_helpers import clean_cot, clean_prompt, is_text, read_items, sort_out
-from records import InputError
+from data.prepare_helpers import clean_cot, clean_prompt, is_text, read_hub, read_items, sort_out
 
 HUB_ID = "prometheus-eval/Feedback-Collection"
 FILE = "new_feedback_collection.json"  # what the data set is called there
 RESULT = re.compile(r"\[RESULT\]\s*(\d+)")
-
-
-def read_hub():
-    """Load the data set from the hub; without the hub, what an earlier run left of it. Raises InputError."""
-    try:
-        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        urllib.request.urlopen(f"{hub}/api/datasets/{HUB_ID}", timeout=10).close()
-    except OSError:
-        # Before the import of `datasets`, which would try for half a minute and warn of every try
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    import datasets
-
-    try:
-        return datasets.load_dataset(HUB_ID, split="train")
-    except Exception as error:  # `datasets` and the libraries below it have no base class of errors in common
-        raise InputError(
-            f"{HUB_ID}: can't be had from the hub ({type(error).__name__}); download {FILE} from "
-            f"huggingface.co/datasets/{HUB_ID}, then: "
-            f"python data/feedback_collection/prepare.py --file {FILE}"
-        ) from None
 
 
 def convert(row: Any, number: int) -> dict | str:
@@ -82,7 +59,7 @@ def main() -> None:
     add("--valid-fraction", type=runs.SHARE, default=0.05, help="share of the prompts that is held out")
     add("--seed", type=runs.SEED, default=0, help="random seed of what is held out")
     args = parser.parse_args()
-    rows = read_items(args.file) if args.file else read_hub()
+    rows = read_items(args.file) if args.file else read_hub(HUB_ID, "train", FILE, "feedback_collection")
     made, unmarked = [], 0
     for number, row in enumerate(rows):
         made.append(convert(row, number))

@@ -1,0 +1,91 @@
+"""Turn FeedbackQA (Li et al., 2022) into records: how well does this passage answer the question?
+
+    python data/feedbackqa/prepare.py --out train.jsonl                       # from the hub
+    python data/feedbackqa/prepare.py --split test --out test.jsonl
+    python data/feedbackqa/prepare.py --file train.json --out train.jsonl     # from a local file of items
+
+Two or three raters judged each passage in one of four words, 1 to 4 here, and explained why: the score is
+their mean, the CoT the explanation of one of them. `ratings` keeps all, in the order of the raters.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import runs
+from data.prepare_helpers import is_text, read_hub, read_items, sort_out
+
+HUB_ID = "McGill-NLP/feedbackQA"
+RATINGS = {"Bad": 1, "Could be Improved": 2, "Acceptable": 3, "Excellent": 4}
+PROMPT = """\
+How well does the passage answer the question? Explain, then give a score: 1 bad, 2 could be improved, \
+3 acceptable, 4 excellent.
+
+Question: {}
+
+Passage ({}): {}"""
+
+
+def convert(row: Any, number: int, args, without: set[str]) -> dict | str:
+    """Turn an item into a record with all its explanations, or say in a few words why it can't be one."""
+    try:
+        question, page = row["question"].strip(), row["passage"]["reference"]
+        titles = " > ".join([page["page_title"], *page["section_headers"]])
+        words = page["section_content"].split()
+        ratings, cots = [RATINGS[name] for name in row["rating"]], row["feedback"]
+    except (KeyError, TypeError, AttributeError) as error:
+        return f"not an item of FeedbackQA ({type(error).__name__}: {error})"
+    if not (question and words and ratings and len(ratings) == len(cots) and all(map(is_text, cots))):
+        return "an empty question, passage, rating or explanation"
+    if question.lower() in without:
+        return "a question of another file"
+    passage = " ".join(words[: args.max_words]) + " …" * (len(words) > args.max_words)
+    record = {"id": f"fq-{number:04}", "prompt": PROMPT.format(question, titles, passage), "cots": cots}
+    record |= {"score": round(sum(ratings) / len(ratings), 2), "ratings": ratings}
+    return record | {"question": question, "domain": row.get("domain")}
+
+
+def with_cot(record: dict, args) -> list[dict]:
+    """Give a record the explanation of one rater, drawn by seed, or make a record of each."""
+    cots, raters = record.pop("cots"), range(len(record["ratings"]))
+    if args.all_raters:
+        return [record | {"id": f"{record['id']}-{k + 1}", "cot": cots[k].strip()} for k in raters]
+    return [record | {"cot": cots[random.Random(f"{args.seed}/{record['id']}").choice(raters)].strip()}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
+    add = parser.add_argument
+    add("--file", help="local JSON array or JSONL file of items; None: the hub data set")
+    add("--split", default="train", help="split of the hub data set")
+    add("--out", type=Path, required=True, help="JSONL file to write")
+    add(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="files whose questions are left out",
+    )
+    add("--max-words", type=runs.COUNT, default=100, help="words of a passage; the rest is cut off")
+    add("--all-raters", action="store_true", help="a record for every rater, not one for every item")
+    add("--seed", type=runs.SEED, default=0, help="random seed of whose explanation is taken")
+    args = parser.parse_args()
+    others = [line for path in args.without for line in Path(path).read_text("utf-8").splitlines()]
+    without = {json.loads(line)["question"].lower() for line in others}
+    file = f"feedback_{args.split}.json"
+    items = read_items(args.file) if args.file else read_hub(HUB_ID, args.split, file, "feedbackqa")
+    kept, left_out = sort_out(
+        [convert(row, n, args, without) for n, row in enumerate(items)], args.file or HUB_ID
+    )
+    print(left_out, end="")
+    records = [record for item in kept for record in with_cot(item, args)]
+    runs.write_whole(args.out, "".join(map(runs.to_line, records)))
+    print(f"{args.out}: {len(records)} records of {len({r['question'] for r in records})} questions")
+
+
+if __name__ == "__main__":
+    runs.run(main)
