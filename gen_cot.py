@@ -25,7 +25,7 @@ import models
 import runs
 from encode import prefix_ids, prompt_ids, score_tokens
 from loss import Rail, rail
-from models import decode, device, has_bf16, head
+from models import decode, device, head
 from records import ROOT, Grid, InputError, read_records
 from runs import COUNT, WEIGHT, Fault
 
@@ -43,11 +43,11 @@ class Judge(NamedTuple):  # a model with all it takes to write CoTs and to read 
     scores: dict[str, Tensor]  # score_ids (S,) and score_values (S,), as rail takes them
 
 
-def load_judge(name: str, grid: Grid) -> Judge:
+def load_judge(name: str, grid: Grid, bf16: bool) -> Judge:
     """Load the judge of a checkpoint folder, an alias or a hub id. Raises InputError."""
     tokenizer = models.load_tokenizer(name)
     suffix_ids, score_ids = score_tokens(tokenizer, grid)
-    model = models.load_model(name, torch.bfloat16 if has_bf16() else torch.float32)
+    model = models.load_model(name, torch.bfloat16 if bf16 else torch.float32)
     ends = model.generation_config.eos_token_id  # Llama-3 has several
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     return Judge(model, tokenizer, grid, suffix_ids, sorted(ends), models.score_tensors(score_ids, grid))
@@ -196,7 +196,8 @@ def process_file(args, need: tuple[str, ...], texts_of: Callable, answer: Callab
     runs.check_out(args)
     if writes and runs.read_json(Path(args.model) / "run.json").get("arguments", {}).get("no_cot"):
         raise InputError(f"{args.model}: was trained without CoTs, writes none; use predict.py --no-cot")
-    records, judge = read_records(args.data, args.grid, need), load_judge(args.model, args.grid)
+    records = read_records(args.data, args.grid, need)
+    judge = load_judge(args.model, args.grid, args.bf16)
     bar = tqdm(records, desc="tokenise", unit="record", delay=5, leave=False)
     texts = {r["id"]: texts_of(judge, r) for r in bar}
     length = {id: max(map(len, ids)) for id, ids in texts.items()}
@@ -261,7 +262,7 @@ def make_parser(description: str, model: str, data: str, out: str) -> argparse.A
     add("--top-p", type=runs.number(float, 1e-6, 1), default=0.9, help="mass that tokens are sampled from")
     add("--repetition-penalty", type=runs.number(float, 1e-6), default=1.03, help="1 is none")
     add("--batch-size", type=COUNT, default=32, help="sequences at a time; halved when memory runs out")
-    runs.add_common_arguments(parser)
+    runs.add_common_arguments(parser, models.has_bf16())
     parser.set_defaults(no_cot=False, given=None)
     return parser
 

@@ -143,13 +143,16 @@ COUNT, SEED = number(int, 1), number(int, 0, 2**32 - 1)
 WEIGHT, SHARE = number(float, 0), number(float, 0, 1)
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that mean the same in every script that runs a model."""
-    add = parser.add_argument_group("common").add_argument
+def add_common_arguments(parser: argparse.ArgumentParser, bf16: bool) -> None:
+    """Add the options that mean the same in every script that runs a model; `bf16` is the default."""
+    group = parser.add_argument_group("common")
+    add, precision = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--grid", help="1,2,3,4,5 or token=value pairs, 1=0,3=50,5=100; None: the checkpoint's, else 1 to 5")
     add("--suffix", help="words between CoT and score; None: the checkpoint's or 'So the overall score is'")
     add("--max-length", type=COUNT, default=3000, help="tokens; longer records are left out, and counted")
     add("--seed", type=SEED, default=0, help="random seed")
+    precision("--bf16", action="store_true", default=bf16, help="compute in bf16, which new CPUs do fast too")
+    precision("--fp32", action="store_false", dest="bf16", default=bf16, help="compute in fp32")
 
 
 def choose_grid(args: argparse.Namespace) -> Grid:

@@ -30,7 +30,7 @@ import models
 import runs
 from encode import Example, encode, score_tokens
 from loss import Loss, cot_raft_loss
-from models import TINY_SEED, device, has_bf16, head
+from models import TINY_SEED, device, head
 from records import ROOT, InputError, read_records
 from runs import COUNT, SHARE, WEIGHT, Fault
 
@@ -60,26 +60,26 @@ def collate(examples: list[Example], pad_id: int) -> dict[str, Tensor]:
     return {name: tensor.to(device()) for name, tensor in batch.items()}
 
 
-def supervised_rows(model, batch: dict[str, Tensor]) -> Tensor:
+def supervised_rows(model, batch: dict[str, Tensor], bf16: bool) -> Tensor:
     """Return the last hidden states of the supervised rows, (R, D): the head never sees prompt or padding."""
-    with autocast():
+    with autocast(bf16):
         hidden = model.get_decoder()(input_ids=batch["ids"], use_cache=False).last_hidden_state  # (B, T, D)
     return hidden[batch["predicts"]]
 
 
-def loss_in_parts(model, rows: Tensor, batch: dict[str, Tensor], loss: Callable[..., Loss]) -> Iterator[Loss]:
+def loss_in_parts(model, rows: Tensor, batch: dict, loss: Callable[..., Loss], bf16: bool) -> Iterator[Loss]:
     """Yield the loss of a few supervised rows at a time: no more than LOGITS logits exist at once."""
     size = max(1, LOGITS // model.config.get_text_config().vocab_size)
     for i in range(0, len(rows), size):
         labels = {name: batch[name][i : i + size] for name in ("targets", "is_score", "true_scores")}
-        with autocast():
+        with autocast(bf16):
             part = loss(head(model, rows[i : i + size]), **labels)
         yield part
 
 
-def autocast() -> torch.autocast:
-    """Compute matrix products in bf16. No autocast cache: each weight is used once per pass."""
-    return torch.autocast(device().type, torch.bfloat16, enabled=has_bf16(), cache_enabled=False)
+def autocast(bf16: bool) -> torch.autocast:
+    """Compute matrix products in bf16, if so asked. No autocast cache: each weight is used once per pass."""
+    return torch.autocast(device().type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
 def windows(examples: list[Example], size: int, seed: int) -> list[list[Example]]:
@@ -112,9 +112,9 @@ def train(args, model, plan: list, valid: list[Example], loss: Callable, pad_id:
             sums = torch.zeros(3, device=device())  # loss, CE, penalty
             for i in range(0, len(window), args.batch_size):
                 batch = collate(window[i : i + args.batch_size], pad_id)
-                hidden = supervised_rows(model, batch)  # (R, D): forward, but for the head
+                hidden = supervised_rows(model, batch, args.bf16)  # (R, D): forward, but for the head
                 rows = hidden.detach().requires_grad_()
-                for part in loss_in_parts(model, rows, batch, loss_of_step):
+                for part in loss_in_parts(model, rows, batch, loss_of_step, args.bf16):
                     part.total.backward()  # adds to rows.grad and frees the logits of this part
                     sums += torch.stack([part.total.detach(), part.ce, part.penalty])
                 hidden.backward(rows.grad)
@@ -130,7 +130,7 @@ def train(args, model, plan: list, valid: list[Example], loss: Callable, pad_id:
             optimiser.zero_grad(set_to_none=True)
 
             if valid and step % (len(plan) // args.epochs) == 0:
-                line["valid"] = evaluate(model, valid, loss, pad_id, args.batch_size)
+                line["valid"] = evaluate(model, valid, loss, pad_id, args)
             log.write(json.dumps(line) + "\n")
             bar.set_postfix(loss=numbers["loss"], refresh=False)
             bar.update()
@@ -148,16 +148,17 @@ def train(args, model, plan: list, valid: list[Example], loss: Callable, pad_id:
 
 
 @torch.no_grad()
-def evaluate(model, examples: list[Example], loss: Callable[..., Loss], pad_id: int, batch_size: int) -> dict:
+def evaluate(model, examples: list[Example], loss: Callable[..., Loss], pad_id: int, args) -> dict:
     """Return mean CE a token and RMSE on held-out examples, on their CoTs as given."""
     model.eval()
     order, sums = sorted(examples, key=lambda e: len(e.ids)), torch.zeros(2, device=device())
     n_tokens = sum(e.supervised for e in examples)
     usual = {"score_ce": "token", "penalty": "squared", "ce_sum": False}  # so that runs compare
     loss = partial(loss, **usual, n_tokens=n_tokens, n_sequences=len(examples))
-    for i in range(0, len(order), batch_size):
-        batch = collate(order[i : i + batch_size], pad_id)
-        for part in loss_in_parts(model, supervised_rows(model, batch), batch, loss):
+    for i in range(0, len(order), args.batch_size):
+        batch = collate(order[i : i + args.batch_size], pad_id)
+        rows = supervised_rows(model, batch, args.bf16)
+        for part in loss_in_parts(model, rows, batch, loss, args.bf16):
             sums += torch.stack([part.ce, part.penalty])
     model.train()
     return {"n": len(examples), "ce": float(sums[0]), "rmse": float(sums[1].sqrt())}
@@ -220,7 +221,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     # Seed model → p_s (stage 1) or p_tract (stage 2)
     part, settings, _lock = runs.begin(args)  # held until the end
     torch.manual_seed(args.seed)
-    model = models.load_for_training(args.model, args.lora, args.gradient_checkpointing)
+    model = models.load_for_training(args.model, args.lora, args.gradient_checkpointing, args.bf16)
     choices = {name: getattr(args, name) for name in ("lam", "penalty", "ce_weight", "score_ce", "ce_sum")}
     loss = partial(cot_raft_loss, **models.score_tensors(score_ids, args.grid), **choices)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -309,7 +310,7 @@ def make_parser(description: str, stage: int) -> argparse.ArgumentParser:
     recompute = {"action": argparse.BooleanOptionalAction, "default": not embedded}
     add("--gradient-checkpointing", **recompute, help="recompute activations: slower, far less memory")
     add("--save-every", type=COUNT, default=200, help="steps after which the state is saved, to go on from")
-    runs.add_common_arguments(parser)
+    runs.add_common_arguments(parser, models.has_bf16())
     parser.set_defaults(**(EMBEDDED if embedded else PAPER), stage=stage, no_cot=False)
     return parser
 

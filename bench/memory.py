@@ -93,7 +93,8 @@ def peak_of(run) -> int:
 def measure(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, checkpointing: bool) -> int:
     """Return the measured bytes at the peak of two steps of two such batches in stage 1's loop."""
     sequences, length, supervised = batch
-    args = stage1_train.make_parser("", stage=1).parse_args(["--batch-size", str(sequences)])
+    options = [f"--batch-size={sequences}", "--bf16" if bf16 else "--fp32"]
+    args = stage1_train.make_parser("", stage=1).parse_args(options)
     ids = torch.randint(10, config.vocab_size, (2 * sequences, length)).tolist()
     plan = [[Example("random", row, length - supervised, length - 2, 3.67) for row in ids]] * 2
     loss = partial(cot_raft_loss, **models.score_tensors([3, 4, 5, 6, 7], Grid()))
@@ -102,12 +103,11 @@ def measure(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, c
         return AutoModelForCausalLM.from_config(config, dtype=dtype).to(models.device())
 
     def run() -> None:
-        model = models.load_for_training("random", lora, checkpointing)
+        model = models.load_for_training("random", lora, checkpointing, bf16)
         stage1_train.train(args, model, plan, [], loss, 0, Path(folder))
 
-    fakes = patch.multiple(models, load_model=load, has_bf16=lambda: bf16)
-    fake_too = patch.object(stage1_train, "has_bf16", lambda: bf16)
-    with fakes, fake_too, tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+    fake = patch.object(models, "load_model", load)
+    with fake, tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         return peak_of(run)
 
 

@@ -53,7 +53,7 @@ def test_scores_of_cots_without_suffix_and_of_given_ones(name, request, lab, mon
     monkeypatch.setattr(gen_cot, "READ", 40)
     monkeypatch.setattr(predict, "READ", 40)
     model = lab.checkpoint(request.getfixturevalue(name), max_position_embeddings=POSITIONS[name])
-    judge, data = load_judge(str(model), GRID), lab.write("test.jsonl", ROWS)
+    judge, data = load_judge(str(model), GRID, False), lab.write("test.jsonl", ROWS)
     own = judged(lab, judge, data, "--num-cots", 3, "--max-new-tokens", 30)
     assert [row["finished"] for row in own] == [[False] * 3] * 3
     again = judged(lab, judge, lab.write("own.jsonl", own), "--given", "cots")
@@ -71,7 +71,7 @@ SPELLED += [("gpt2_tokenizer", False), ("gpt2_tokenizer", True)]
 def test_a_cot_that_reaches_its_suffix_comes_with_its_scores(name, spelled, request, lab, monkeypatch):
     """Read it again where training would encode it otherwise, as where it is spelled letter by letter."""
     tokenizer, score, read = request.getfixturevalue(name), predict.score, []
-    judge = load_judge(str(lab.checkpoint(tokenizer)), GRID)
+    judge = load_judge(str(lab.checkpoint(tokenizer)), GRID, False)
     ids = target_ids(tokenizer, COT, "1", SUFFIX)[:-1]
     if spelled:
         ids = [tokenizer(letter).input_ids[0] for letter in COT] + judge.suffix_ids
@@ -95,7 +95,7 @@ def test_every_token_is_what_a_plain_pass_would_sample(kind, at_once, gpt2_token
     monkeypatch.setattr(gen_cot, "READ", 2 * at_once)  # some prompts are read together
     options = {"model_type": kind, "sliding_window": 8, **WINDOWS[kind]}
     options |= {"max_position_embeddings": 34, "eos_token_id": [*range(0, 290, 9)]}  # a token in nine ends
-    judge = load_judge(str(lab.checkpoint(gpt2_tokenizer, **options)), GRID)
+    judge = load_judge(str(lab.checkpoint(gpt2_tokenizer, **options)), GRID, False)
     prompts = [prompt_ids(gpt2_tokenizer, "Why? " * (1 + i % 4))[i % 3 :] for i in range(7)] + [[9]]
     names, args, texts, scores = list("abcdefghijklmnop"), how(max_new_tokens=25, num_cots=2), [], []
     for row, ids, found in gen_cot.write(judge, prompts, names, args, at_once):

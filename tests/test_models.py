@@ -54,16 +54,15 @@ def test_an_adapter_is_an_ordinary_one_and_goes_through_the_other_stages(adapter
     torch.testing.assert_close(full, ours, atol=1e-4, rtol=1e-4)
 
 
-def test_what_is_trained_is_fp32_and_nothing_else_is_trained(tiny_tokenizer, tmp_path, monkeypatch):
+def test_what_is_trained_is_fp32_and_nothing_else_is_trained(tiny_tokenizer, tmp_path):
     random_model(tiny_tokenizer).save_pretrained(tmp_path)
-    monkeypatch.setattr(models, "has_bf16", lambda: True)
-    lora = models.load_for_training(str(tmp_path), 8, False)
+    lora = models.load_for_training(str(tmp_path), 8, False, bf16=True)
     trained = {name: p for name, p in lora.named_parameters() if p.requires_grad}
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
     assert all(p.dtype == torch.bfloat16 for name, p in lora.named_parameters() if name not in trained)
     # Adapters see what autocast made: peft's own cast to fp32, undone by autocast, is turned off
     assert not any(getattr(module, "cast_input_dtype_enabled", False) for module in lora.modules())
-    full = models.load_for_training(str(tmp_path), None, False)
+    full = models.load_for_training(str(tmp_path), None, False, bf16=True)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in full.parameters())
 
 

@@ -100,9 +100,9 @@ def test_every_example_once_an_epoch_in_windows_of_like_length():
 def test_steps_that_are_not_finite_are_not_taken(lab, monkeypatch):
     real, calls = stage1_train.supervised_rows, []
 
-    def broken(model, batch):
+    def broken(*batch):
         calls.append(1)
-        return real(model, batch) * (torch.nan if len(calls) in (2, 4, 5) else 1)
+        return real(*batch) * (torch.nan if len(calls) in (2, 4, 5) else 1)
 
     monkeypatch.setattr(stage1_train, "supervised_rows", broken)
     monkeypatch.setattr(stage1_train, "BAD_STEPS", 2)
@@ -141,3 +141,18 @@ def test_dry_run_shows_the_loss_mask_and_what_is_left_out(lab, tiny_tokenizer):
     assert "tokens with CE:\nthis answer is good ." in shown and "last token, with CE: '</s>'" in shown
     assert "CE at the score: none. Here the penalty\n(squared) to 3.4 is read" in shown
     assert not list(lab.path.glob("out*"))
+
+
+def test_bf16_can_be_asked_for_where_it_is_not_the_default(lab):
+    """Losses and predictions are near those of fp32 and not the same; the weights stay fp32."""
+    data, losses, predictions = lab.write("train.jsonl", lab.rows[:8]), [], []
+    for how in ("--fp32", "--bf16"):
+        lab.run("stage1_train", "--data", data, "--epochs", 1, how, "--out", lab.path / how)
+        losses.append(lab.read(f"{how}/log.jsonl")[0]["loss"])
+        judge = ("--model", TINY_SEED, "--data", data, "--no-cot", how)
+        lab.run("predict", *judge, "--out", lab.path / f"{how}.jsonl")
+        predictions.append(lab.read(f"{how}.jsonl")[0]["prediction"])
+    for fp32, bf16 in (losses, predictions):
+        assert fp32 != bf16 and fp32 == pytest.approx(bf16, rel=0.02)
+    trained = AutoModelForCausalLM.from_pretrained(lab.path / "--bf16")
+    assert all(p.dtype == torch.float32 for p in trained.parameters())
