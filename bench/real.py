@@ -1,0 +1,127 @@
+"""Measure the rows of the paper's table on a task with people's words and people's scores.
+
+    python bench/real.py ists                                # model and data come first: make real
+    python bench/real.py feedbackqa --rows tract --seeds 1   # one row, one seed
+    python bench/real.py ists --rows tract --seeds 1 --show  # only print the commands, in order
+
+The chains of commands are those of bench/ablations.py, with model, records and settings of the task
+(results/real/settings.json). Beside the rows stand a ridge regression on words and, where records have the
+ratings of several people, one of them against the mean of the others. Interrupted, the same command goes on.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import ablations
+from ablations import STEPS, WITHOUT_COT, Setup
+
+import runs
+from eval import METRICS
+from records import ROOT, Grid, read_records
+
+SETTINGS = ROOT / "results/real/settings.json"
+STEPS |= {
+    "two-hot": "stage2_train.py --data @a1.cots.jsonl --lambda 0 --score-ce two-hot",
+    "rps": "stage2_train.py --data @a1.cots.jsonl --penalty rps",
+}
+ROWS = ["seed", "seed-no-cot", "ce-no-cot", "raft", "ce", "a1", "a2", "tract", "two-hot", "rps"]
+OFTEN = ["raft", "ce", "a1", "a2", "tract"]  # what has to be measured with several seeds
+
+
+def tests_of(row: str, split: str, data: str) -> dict[str, str]:
+    """Return what a row is tested on, each with the command that predicts it."""
+    predict = f"predict.py --model @{row.removesuffix('-no-cot') if row == 'seed-no-cot' else row} --data"
+    how = "--no-cot" if row in (*WITHOUT_COT, "seed-no-cot") else ""
+    many = "--num-cots 5" if row in ("seed", "a1", "tract") else how
+    tests = {split: f"{predict} {data}/{split}.jsonl {many}"}
+    if row in ("a1", "tract"):  # the argument for stage 2: the same judges on the annotated CoTs
+        tests["annotated"] = f"{predict} {data}/{split}.jsonl --given cot"
+    if row == "tract":  # and p_tract on those of p_s
+        tests["p_s"] = f"{predict} @a1.{split}.jsonl --given cots"
+    return tests
+
+
+def setup_of(settings: dict, data: str) -> Setup:
+    given = {"seed": "out/real/smollm2", "train.jsonl": f"{data}/train.jsonl"}
+    grid = f"--grid {settings['grid']}"
+    return Setup(given, f"{grid} {settings['train']}", f"{grid} {settings['judge']}")
+
+
+def features(pairs: list[list[str]]) -> np.ndarray:
+    """Return how far the words of two texts overlap, and how long the texts are, (n, 5)."""
+    rows = []
+    for pair in pairs:
+        a, b = (set(re.findall(r"\w+", text.lower())) for text in pair)
+        both = len(a & b)
+        rows.append([both / max(len(a), 1), both / max(len(b), 1), both / max(len(a | b), 1), len(a), len(b)])
+    return np.array(rows, float)
+
+
+def ridge(train: list[dict], test: list[dict]) -> np.ndarray:
+    """Predict scores by ridge regression on TF-IDF of words and pairs of words, cosine and `features`.
+
+    Its strength is chosen by cross-validation on the training records.
+    """
+    from scipy.sparse import hstack
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import RidgeCV
+    from sklearn.preprocessing import StandardScaler
+
+    words, scale = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), StandardScaler()
+    words.fit(["\n".join(r["texts"]) for r in train])
+
+    def inputs(records: list[dict], fit: bool):
+        pairs = [r["texts"] for r in records]
+        both = [words.transform(texts) for texts in zip(*pairs, strict=True)]
+        dense = np.hstack([features(pairs), both[0].multiply(both[1]).sum(1)])
+        dense = scale.fit_transform(dense) if fit else scale.transform(dense)
+        return hstack([words.transform(["\n".join(pair) for pair in pairs]), 0.3 * dense]).tocsr()
+
+    model = RidgeCV(alphas=np.logspace(-1, 2, 10), cv=5)
+    model.fit(inputs(train, True), [r["score"] for r in train])
+    return model.predict(inputs(test, False))
+
+
+def one_rater(records: list[dict]) -> list[tuple[float, float]]:
+    """Return every single rating, beside the mean of the other ratings of its record."""
+    ratings = [r["ratings"] for r in records if len(r.get("ratings", ())) > 1]
+    return [(own, np.mean(of[:k] + of[k + 1 :])) for of in ratings for k, own in enumerate(of)]
+
+
+def baselines(train: list[dict], test: list[dict]) -> dict:
+    """Return r and RMSE of the ridge regression, and of one rater against the mean of the others."""
+    found = {"ridge": (ridge(train, test), np.array([r["score"] for r in test], float))}
+    if pairs := one_rater(test):
+        found["one rater against the others"] = np.array(pairs).T
+    return {name: {m: METRICS[m](*pair) for m in ("pearson", "rmse")} for name, pair in found.items()}
+
+
+def main() -> None:
+    settings = runs.read_json(SETTINGS)
+    parser = ablations.make_parser(__doc__, {"often": OFTEN}, ROWS, "out/real")
+    parser.add_argument("task", choices=settings["tasks"])
+    parser.set_defaults(rows=ROWS, seeds=[1, 2, 3])
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    data, own = f"{args.out}/{args.task}", settings["tasks"][args.task]
+    rows = [name for row in args.rows for name in {"often": OFTEN}.get(row, [row])]
+    args.out = Path(data)
+    tests = {row: tests_of(row, args.split, data) for row in rows}
+    report = {"task": args.task, "settings": own} | ablations.measure(args, tests, setup_of(own, data))
+    grid = Grid.parse(own["grid"])
+    records = [
+        read_records(f"{data}/{name}.jsonl", grid, ("score", "texts")) for name in ("train", args.split)
+    ]
+    report["baselines"] = baselines(*records)
+    runs.write_whole(args.out / "metrics.json", json.dumps(report, indent=1) + "\n")
+    print(f"{args.out}/metrics.json; python results/real/draw.py {args.out}/metrics.json draws it")
+
+
+if __name__ == "__main__":
+    runs.run(main)

@@ -1,0 +1,101 @@
+"""Redraw tables.md and figure.png from the metrics.json of each task, as bench/real.py wrote them.
+
+python results/real/draw.py                                            # from ists.json and feedbackqa.json here
+python results/real/draw.py out/real/ists/metrics.json --out out/real  # of one run
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from tables import Cells, bar, table, whose_cots  # noqa: E402
+
+TASKS = {"ists": "Interpretable STS", "feedbackqa": "FeedbackQA"}
+LINES = [  # label, row, reading
+    ("untrained model, RAIL", "seed-no-cot", "rail"),
+    ("untrained model, CoT-RAIL", "seed", "rail"),
+    ("CE without CoT, decoded", "ce-no-cot", "decoded"),
+    ("CE without CoT, RAIL", "ce-no-cot", "rail"),
+    ("RAFT without CoT", "raft", "rail"),
+    ("CE with CoT, decoded", "ce", "decoded"),
+    ("A.1: stage 1 only", "a1", "rail"),
+    ("A.3: both stages CE, decoded", "a2", "decoded"),
+    ("A.2: both stages CE, CoT-RAIL", "a2", "rail"),
+    ("TRACT", "tract", "rail"),
+    ("TRACT, decoded", "tract", "decoded"),
+    ("two-hot CE in stage 2", "two-hot", "rail"),
+    ("RPS in stage 2", "rps", "rail"),
+]
+
+
+def tables(report: dict) -> str:
+    """Return the tables of one task: every method, and whose CoTs."""
+    cells, rows = Cells(report["cells"]), []
+    for label, row, reading in LINES:
+        if cell := cells.of.get((row, cells.test, reading)):
+            r, rmse = (cells.mean(row, metric, reading) for metric in ("pearson", "rmse"))
+            within = "[{low:.3f}, {high:.3f}]".format(**cell["pearson"])
+            many = [cells.mean(row, metric, f"{reading}@5") for metric in ("pearson", "rmse")]
+            apart = [cells.difference(row, metric, reading) for metric in ("pearson", "rmse")]
+            rows.append([label, f"{r} {within}", rmse, *many, *apart])
+    for name, values in report["baselines"].items():
+        rows.append([f"*{name}*", f"{values['pearson']:.3f}", f"{values['rmse']:.3f}", "", "", "", ""])
+    n, records = len(report["seeds"]), report["records"][cells.test]
+    text = f"{n} seed{'s' * (n > 1)}, {records} records; mean ± standard deviation over seeds; "
+    text += "95 % intervals over seeds and records.\n\n"
+    head = ["method, prediction", "r", "RMSE", "r, 5 CoTs", "RMSE, 5 CoTs", "Δr to TRACT", "ΔRMSE to TRACT"]
+    return text + table(head, rows) + "\n" + whose_cots(cells)
+
+
+def draw(reports: dict[str, dict], path: Path) -> None:
+    """Draw, for each task, the methods and whose CoTs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size, ratio = (8.5 * len(reports), 4.6), {"width_ratios": [1.6, 0.8] * len(reports)}
+    figure, axes = plt.subplots(1, 2 * len(reports), figsize=size, layout="constrained", gridspec_kw=ratio)
+    for task, (left, right) in zip(reports, zip(axes[::2], axes[1::2], strict=True), strict=True):
+        report, cells = reports[task], Cells(reports[task]["cells"])
+        lines = [line for line in LINES if (line[1], cells.test, line[2]) in cells.of][::-1]
+        for y, (_, row, reading) in enumerate(lines):
+            color = "tab:orange" if row == "tract" else "tab:blue"
+            bar(left, y, cells.of[row, cells.test, reading]["pearson"], color)
+        left.set_yticks(range(len(lines)), [line[0] for line in lines])
+        for (name, values), style in zip(report["baselines"].items(), (":", "--"), strict=False):
+            left.axvline(values["pearson"], color="black", linestyle=style, linewidth=1, label=name)
+        left.legend(frameon=False, fontsize=8, ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+        left.set_xlabel(f"{TASKS[task]}: Pearson's r (bar: mean, dots: seeds)")
+        for label, row, color in (("p_s", "a1", "tab:blue"), ("p_tract", "tract", "tab:orange")):
+            points = [cells.of.get((row, test, "rail")) for test in ("annotated", cells.test)]
+            if all(points):
+                right.plot(
+                    [0, 1], [cell["rmse"]["per_seed"] for cell in points], ".-", color=color, alpha=0.6
+                )
+                right.text(1.05, points[1]["rmse"]["mean"], label, color=color)
+        right.set_xticks([0, 1], ["annotated CoTs", "own CoTs"])
+        right.set(xlim=(-0.2, 1.6), ylabel="RMSE", title="whose CoTs?")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(**how)
+    committed = [path for task in TASKS if (path := HERE / f"{task}.json").is_file()]
+    parser.add_argument("metrics", nargs="*", type=Path, default=committed)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of tables.md and figure.png")
+    args = parser.parse_args()
+    reports = [json.loads(path.read_text("utf-8")) for path in args.metrics]
+    reports = {report["task"]: report for report in reports}
+    text = "\n".join(f"## {TASKS[task]}\n\n{tables(report)}" for task, report in reports.items())
+    (args.out / "tables.md").write_text(text, "utf-8")
+    draw(reports, args.out / "figure.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
