@@ -1,6 +1,6 @@
 """Redraw tables.md and figure.png from the metrics.json of each task, as bench/real.py wrote them.
 
-python results/real/draw.py                                            # from ists.json and feedbackqa.json here
+python results/real/draw.py                                            # from the *.json beside this file
 python results/real/draw.py out/real/ists/metrics.json --out out/real  # of one run
 """
 
