@@ -79,7 +79,7 @@ def ridge(train: list[dict], test: list[dict]) -> np.ndarray:
     def inputs(records: list[dict], fit: bool):
         pairs = [r["texts"] for r in records]
         both = [words.transform(texts) for texts in zip(*pairs, strict=True)]
-        dense = np.hstack([features(pairs), both[0].multiply(both[1]).sum(1)])
+        dense = np.hstack([features(pairs), np.asarray(both[0].multiply(both[1]).sum(1))])
         dense = scale.fit_transform(dense) if fit else scale.transform(dense)
         return hstack([words.transform(["\n".join(pair) for pair in pairs]), 0.3 * dense]).tocsr()
 
