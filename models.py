@@ -1,7 +1,5 @@
 """Load a model and its tokenizer, add LoRA, refuse what this code can't follow. Skip this file at first."""
 
-import contextlib
-import ctypes
 import json
 import os
 import warnings
@@ -34,14 +32,6 @@ MODELS = {  # what `--model NAME` stands for; any other name is a folder or a hu
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def keep_freed_memory() -> None:
-    """Let the allocator of a CPU keep what a step frees: asking for it anew can take as long as the step."""
-    with contextlib.suppress(OSError, AttributeError):  # only the GNU C library has this
-        libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in ((-4, 0), (-1, -1), (-2, 2**30)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            libc.mallopt(parameter, value)
 
 
 def has_bf16() -> bool:
@@ -148,7 +138,6 @@ def load_for_training(name: str, lora_rank: int | None, checkpointing: bool, bf1
     lora_rank: train adapters on a frozen base, kept in bf16 if `bf16`; an adapter folder goes on with its
     own. None: train all weights, an adapter's added to its base's. checkpointing: recompute activations.
     """
-    keep_freed_memory()
     model = load_model(name, torch.bfloat16 if lora_rank and bf16 else torch.float32, trainable=True)
     if lora_rank is None:
         model = (model.merge_and_unload() if base_of(name) else model).requires_grad_(True)
