@@ -166,10 +166,11 @@ def choose_grid(args: argparse.Namespace) -> Grid:
     return grid
 
 
-def progress(total: int, done: int, label: str, unit: str) -> tqdm:
+def progress(total: int, done: int, label: str, unit: str, quiet: bool = False) -> tqdm:
     """Open a progress bar with rate and time left; into a log it writes every ten seconds."""
     seconds = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(total=total, initial=done, desc=label, unit=unit, mininterval=seconds, dynamic_ncols=True)
+    how = {"mininterval": seconds, "dynamic_ncols": True, "disable": quiet}
+    return tqdm(total=total, initial=done, desc=label, unit=unit, **how)
 
 
 def report(ids: Iterable[str], what: str) -> None:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 import models
+import ranks
 import runs
 from encode import Example, encode, score_tokens
 from loss import Loss, cot_raft_loss
@@ -103,21 +104,23 @@ def train(args, model, plan: list, valid: list[Example], loss: Callable, pad_id:
     stop, bad, started = [], 0, time.time()
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one stops after the step, the second at once
         signal.signal(number, lambda n, _: signal.default_int_handler(n, _) if stop else stop.append(n))
-    bar = runs.progress(len(plan), done, f"stage {args.stage}", "step")
-    with open(folder / "log.jsonl", "a", buffering=1) as log, bar:
+    bar = runs.progress(len(plan), done, f"stage {args.stage}", "step", quiet=ranks.rank() > 0)
+    with open(os.devnull if ranks.rank() else folder / "log.jsonl", "a", buffering=1) as log, bar:
         for step, window in enumerate(plan[done:], done + 1):
             # Divisors of the whole step: loss and gradient are the same for every split into micro-batches
             n_tokens = sum(e.supervised - (args.score_ce == "none") for e in window)
             loss_of_step = partial(loss, n_tokens=n_tokens, n_sequences=len(window))
             sums = torch.zeros(3, device=device())  # loss, CE, penalty
-            for i in range(0, len(window), args.batch_size):
-                batch = collate(window[i : i + args.batch_size], pad_id)
+            own = ranks.share(window)  # all of it, but under torchrun
+            for i in range(0, len(own), args.batch_size):
+                batch = collate(own[i : i + args.batch_size], pad_id)
                 hidden = supervised_rows(model, batch, args.bf16)  # (R, D): forward, but for the head
                 rows = hidden.detach().requires_grad_()
                 for part in loss_in_parts(model, rows, batch, loss_of_step, args.bf16):
                     part.total.backward()  # adds to rows.grad and frees the logits of this part
                     sums += torch.stack([part.total.detach(), part.ce, part.penalty])
                 hidden.backward(rows.grad)
+            ranks.add_up([sums, *ranks.gradients(model)])
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
             loss_sum, ce, penalty = sums.tolist()
             numbers = {"loss": loss_sum, "ce": ce, "penalty": penalty, "grad_norm": float(norm)}
@@ -137,12 +140,15 @@ def train(args, model, plan: list, valid: list[Example], loss: Callable, pad_id:
             bad = 0 if taken else bad + 1
             if not taken:
                 bar.write(f"step {step} not taken, not finite: {', '.join(e.id for e in window)}")
-            if step % args.save_every == 0 or step == len(plan) or bad == BAD_STEPS or stop:
-                os.fsync(log.fileno())  # the log may be ahead of the state, never behind
-                save_state(folder, model, optimiser, schedule, step)
+            stopping = ranks.anyone(bool(stop))
+            if step % args.save_every == 0 or step == len(plan) or bad == BAD_STEPS or stopping:
+                if not ranks.rank():
+                    os.fsync(log.fileno())  # the log may be ahead of the state, never behind
+                    save_state(folder, model, optimiser, schedule, step)
+                ranks.wait()
             if bad == BAD_STEPS:
                 raise Fault(f"{folder}: stopped after {bad} steps that were not finite; try a lower --lr")
-            if stop:
+            if stopping:
                 raise KeyboardInterrupt(f"{folder}: stopped after step {step}; the same command goes on")
     return round(sum(len(e.ids) for window in plan[done:] for e in window) / (time.time() - started))
 
@@ -151,7 +157,7 @@ def train(args, model, plan: list, valid: list[Example], loss: Callable, pad_id:
 def evaluate(model, examples: list[Example], loss: Callable[..., Loss], pad_id: int, args) -> dict:
     """Return mean CE a token and RMSE on held-out examples, on their CoTs as given."""
     model.eval()
-    order, sums = sorted(examples, key=lambda e: len(e.ids)), torch.zeros(2, device=device())
+    order, sums = ranks.share(sorted(examples, key=lambda e: len(e.ids))), torch.zeros(2, device=device())
     n_tokens = sum(e.supervised for e in examples)
     usual = {"score_ce": "token", "penalty": "squared", "ce_sum": False}  # so that runs compare
     loss = partial(loss, **usual, n_tokens=n_tokens, n_sequences=len(examples))
@@ -160,6 +166,7 @@ def evaluate(model, examples: list[Example], loss: Callable[..., Loss], pad_id: 
         rows = supervised_rows(model, batch, args.bf16)
         for part in loss_in_parts(model, rows, batch, loss, args.bf16):
             sums += torch.stack([part.ce, part.penalty])
+    ranks.add_up([sums])
     model.train()
     return {"n": len(examples), "ce": float(sums[0]), "rmse": float(sums[1].sqrt())}
 
@@ -186,15 +193,17 @@ def load_state(folder: Path, model, optimiser, schedule) -> int:
     """Put model, optimiser, schedule and log back to where they were saved; returns the step, 0 for none."""
     log, path = folder / "log.jsonl", folder / "state.pt"
     if not path.is_file():
-        log.unlink(missing_ok=True)
+        if not ranks.rank():
+            log.unlink(missing_ok=True)
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(state["weights"], strict=False)
     optimiser.load_state_dict(state["optimiser"])
     schedule.load_state_dict(state["schedule"])
     torch.set_rng_state(state["random"])
-    torch.cuda.set_rng_state_all(state["random_on_gpus"])  # none where there is no GPU
-    runs.write_whole(log, "".join(log.read_text("utf-8").splitlines(keepends=True)[: state["step"]]))
+    torch.cuda.set_rng_state_all(state["random_on_gpus"][: torch.cuda.device_count()])  # maybe none
+    if not ranks.rank():
+        runs.write_whole(log, "".join(log.read_text("utf-8").splitlines(keepends=True)[: state["step"]]))
     print(f"{folder}: going on after step {state['step']}")
     return state["step"]
 
@@ -205,6 +214,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     need: fields that the records have. cots_of(record): its CoTs. Raises InputError or Fault.
     """
     started = time.time()
+    ranks.join()
     runs.check_out(args)
     tokenizer = models.load_tokenizer(args.model)
     _, score_ids = score_tokens(tokenizer, args.grid)
@@ -219,7 +229,9 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
         return show(args, tokenizer, examples[0], score_ids)
 
     # Seed model → p_s (stage 1) or p_tract (stage 2)
-    part, settings, _lock = runs.begin(args)  # held until the end
+    others = Path(f"{args.out}.part"), None, None
+    part, settings, _lock = others if ranks.rank() else runs.begin(args)  # the lock is held until the end
+    ranks.wait()
     torch.manual_seed(args.seed)
     model = models.load_for_training(args.model, args.lora, args.gradient_checkpointing, args.bf16)
     choices = {name: getattr(args, name) for name in ("lam", "penalty", "ce_weight", "score_ce", "ce_sum")}
@@ -227,6 +239,8 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     try:
         speed = train(args, model, plan, held_out, loss, pad_id, part)
+        if ranks.rank():
+            return
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
     except torch.OutOfMemoryError:
@@ -248,7 +262,9 @@ def read_examples(path: str, args, need: tuple, cots_of: Callable, tokenizer, sc
     """Read records and encode every (record, CoT) pair that is not too long. Raises InputError."""
     longest, examples = min(args.max_length, tokenizer.positions), []
     records = read_records(path, args.grid, need)
-    for record in tqdm(records, desc="tokenise", unit="record", delay=5, leave=False):
+    for record in tqdm(
+        records, desc="tokenise", unit="record", delay=5, leave=False, disable=ranks.rank() > 0
+    ):
         cots = [""] if args.no_cot else cots_of(record)
         for k, cot in enumerate(cots, 1):
             named = record | {"id": record["id"] if len(cots) == 1 else f"{record['id']}#{k}", "cot": cot}
@@ -322,10 +338,12 @@ def main() -> None:
     default = Path(parser.get_default("data"))
     if Path(args.data).resolve() == default:
         args.valid = args.valid or str(default.with_name("valid.jsonl"))
-        if not default.is_file():
+        ranks.join()
+        if not default.is_file() and not ranks.rank():
             print(f"{default}: not there yet; {default.with_name('prepare.py')} gets it", flush=True)
             if code := subprocess.run([sys.executable, default.with_name("prepare.py")]).returncode:
                 raise SystemExit(code)
+        ranks.wait()
     args.grid = runs.choose_grid(args)
     need = ("id", "prompt", "score") if args.no_cot else ("id", "prompt", "cot", "score")
     run_stage(args, need, cots_of=lambda record: [record["cot"]])
