@@ -43,14 +43,22 @@ class Judge(NamedTuple):  # a model with all it takes to write CoTs and to read 
     scores: dict[str, Tensor]  # score_ids (S,) and score_values (S,), as rail takes them
 
 
-def load_judge(name: str, grid: Grid, bf16: bool) -> Judge:
-    """Load the judge of a checkpoint folder, an alias or a hub id. Raises InputError."""
+def load_judge(name: str, grid: Grid, bf16: bool, vllm: dict | None = None) -> Judge:
+    """Load the judge of a folder, an alias or a hub id, into vLLM where its options are given.
+
+    Raises InputError.
+    """
     tokenizer = models.load_tokenizer(name)
     suffix_ids, score_ids = score_tokens(tokenizer, grid)
+    scores = models.score_tensors(score_ids, grid)
+    if vllm is not None:
+        from vllm_engine import Engine
+
+        return Judge(Engine(name, bf16, vllm), tokenizer, grid, suffix_ids, [], scores)
     model = models.load_model(name, torch.bfloat16 if bf16 else torch.float32)
     ends = model.generation_config.eos_token_id  # Llama-3 has several
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    return Judge(model, tokenizer, grid, suffix_ids, sorted(ends), models.score_tensors(score_ids, grid))
+    return Judge(model, tokenizer, grid, suffix_ids, sorted(ends), scores)
 
 
 def sample(logits: Tensor, so_far: Tensor, uniform: Tensor, args) -> Tensor:
@@ -176,7 +184,10 @@ class Cot(NamedTuple):  # what a judge wrote or was given
 def write_cots(judge: Judge, records: list[dict], prompts: list, args, at_once: int) -> list[list[Cot]]:
     """Write args.num_cots CoTs for each record, with the scores that came with them, where those hold."""
     names, cots = [f"{args.seed}/{r['id']}/{k}" for r in records for k in range(args.num_cots)], []
-    for row, ids, scores in sorted(write(judge, prompts, names, args, at_once)):
+    how = (judge, prompts, names, args)
+    for row, ids, scores in sorted(
+        judge.model.write(*how) if args.engine == "vllm" else write(*how, at_once)
+    ):
         prompt = prompts[row // args.num_cots]
         text = judge.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         text, finished, _ = text.partition(judge.grid.suffix.strip())
@@ -197,7 +208,9 @@ def process_file(args, need: tuple[str, ...], texts_of: Callable, answer: Callab
     if writes and runs.read_json(Path(args.model) / "run.json").get("arguments", {}).get("no_cot"):
         raise InputError(f"{args.model}: was trained without CoTs, writes none; use predict.py --no-cot")
     records = read_records(args.data, args.grid, need)
-    judge = load_judge(args.model, args.grid, args.bf16)
+    judge = load_judge(
+        args.model, args.grid, args.bf16, dict(args.engine_args) if args.engine == "vllm" else None
+    )
     bar = tqdm(records, desc="tokenise", unit="record", delay=5, leave=False)
     texts = {r["id"]: texts_of(judge, r) for r in bar}
     length = {id: max(map(len, ids)) for id, ids in texts.items()}
@@ -206,6 +219,11 @@ def process_file(args, need: tuple[str, ...], texts_of: Callable, answer: Callab
     fitting = [r for r in records if length[r["id"]] <= longest]
     if not fitting:
         raise InputError(f"{args.data}: all {len(records)} records are longer than {longest} tokens")
+    if args.shard:  # one after another, so that `cat` leaves them in order
+        i, n = args.shard
+        fitting = fitting[len(fitting) * (i - 1) // n : len(fitting) * i // n]
+        if not fitting:
+            raise InputError(f"--shard {i}/{n}: there are fewer records than shares; make fewer")
 
     part, settings, _lock = runs.begin(args)  # held until the end
     lines, done = part / "records.jsonl", {}  # done: id → line
@@ -247,6 +265,23 @@ def process_file(args, need: tuple[str, ...], texts_of: Callable, answer: Callab
     print(f"{args.out}: {len(fitting)} records in {time.time() - started:.0f} s")
 
 
+def part(text: str) -> tuple[int, int]:
+    """Parse --shard: 2/8 is the second of eight shares."""
+    i, n = map(int, text.split("/"))
+    if not 1 <= i <= n:
+        raise ValueError
+    return i, n
+
+
+def option(text: str) -> tuple[str, object]:
+    """Parse one of --engine-args: its value is JSON, or else the text itself."""
+    key, _, value = text.partition("=")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
 def make_parser(description: str, model: str, data: str, out: str) -> argparse.ArgumentParser:
     """Make the options of both scripts that write CoTs; `how_many` is the group of --num-cots."""
     parser = argparse.ArgumentParser(description=description, formatter_class=runs.Help, allow_abbrev=False)
@@ -262,6 +297,12 @@ def make_parser(description: str, model: str, data: str, out: str) -> argparse.A
     add("--top-p", type=runs.number(float, 1e-6, 1), default=0.9, help="mass that tokens are sampled from")
     add("--repetition-penalty", type=runs.number(float, 1e-6), default=1.03, help="1 is none")
     add("--batch-size", type=COUNT, default=32, help="sequences at a time; halved when memory runs out")
+    add = parser.add_argument_group("many records (docs/scale.md)").add_argument
+    add(
+        "--shard", type=part, metavar="I/N", help="take the I-th of N shares of the records; `cat` joins them"
+    )
+    add("--engine", choices=("torch", "vllm"), default="torch", help="vllm: see vllm_engine.py")
+    add("--engine-args", nargs="+", type=option, default=[], metavar="KEY=VALUE", help="for vLLM's LLM(...)")
     runs.add_common_arguments(parser, models.has_bf16())
     parser.set_defaults(no_cot=False, given=None)
     return parser

@@ -54,7 +54,8 @@ def main() -> None:
             judged = [[Cot(*cot, ids, None) for cot, ids in own] for own in pairs]
         else:
             judged = gen_cot.write_cots(judge, records, [prompt for (prompt,) in texts], args, at_once)
-        fresh = iter(score(judge, [cot.ids for cots in judged for cot in cots if cot.scores is None]))
+        unread = [cot.ids for cots in judged for cot in cots if cot.scores is None]
+        fresh = iter(judge.model.score(judge, unread) if args.engine == "vllm" else score(judge, unread))
         judged = [[cot._replace(scores=cot.scores or next(fresh)) for cot in cots] for cots in judged]
         return [fields_of(cots) for cots in judged]
 

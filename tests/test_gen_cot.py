@@ -147,3 +147,29 @@ def test_out_of_memory_halves_the_batch(lab, monkeypatch):
     assert "out of memory: going on with 2 sequences at a time" in lab.capsys.readouterr().out
     for row, r in zip(lab.read("c.jsonl"), lab.rows, strict=False):  # the true score is kept
         assert {key: row[key] for key in r} == r and len(row["cots"]) == len(row["finished"]) == 1
+
+
+def test_shares_joined_are_what_one_process_writes(lab):
+    data = lab.write("train.jsonl", lab.rows[:25])
+    how = ("gen_cot", "--model", TINY_SEED, "--data", data, "--max-new-tokens", 20, "--out")
+    lab.run(*how, lab.path / "whole.jsonl")
+    for i in (1, 2, 3):
+        lab.run(*how, lab.path / f"{i}.jsonl", "--shard", f"{i}/3")
+    shares = [(lab.path / f"{i}.jsonl").read_bytes() for i in (1, 2, 3)]
+    assert b"".join(shares) == (lab.path / "whole.jsonl").read_bytes() and all(shares)
+    code, said = lab.fail(*how, lab.path / "x.jsonl", "--shard", "1/26")
+    assert code == 2 and "fewer records than shares" in said
+    assert lab.fail(*how, lab.path / "x.jsonl", "--shard", "4/3")[0] == 2
+
+
+def test_without_vllm_its_engine_says_how_to_get_it(lab):
+    how = (
+        "--model",
+        TINY_SEED,
+        "--data",
+        lab.write("few.jsonl", lab.rows[:2]),
+        "--out",
+        lab.path / "x.jsonl",
+    )
+    code, said = lab.fail("predict", *how, "--engine", "vllm", "--engine-args", "tensor_parallel_size=2")
+    assert code == 2 and said.count("\n") == 1 and "pip install vllm" in said

@@ -1,0 +1,73 @@
+"""Write CoTs and read scores with vLLM; gen_cot.py and predict.py load this file for --engine vllm alone.
+
+vLLM batches by itself and spreads a model over GPUs and machines (--engine-args tensor_parallel_size=4).
+Token ids go in as training encodes them, with the sampling settings, the suffix as a stop and a seed for each
+CoT. CoTs differ from those of gen_cot.py, for vLLM draws other random numbers; the scores of a CoT do not.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from loss import Rail
+from models import base_of, resolve
+from records import InputError
+
+
+class Engine:
+    """Stand in for a model in gen_cot's Judge; the adapter of a LoRA folder goes along with every request."""
+
+    def __init__(self, name: str, bf16: bool, options: dict):
+        try:
+            from vllm import LLM
+            from vllm.lora.request import LoRARequest
+        except ImportError as error:
+            remedy = "pip install vllm, in an environment of its own, then requirements.txt without torch"
+            raise InputError(f"--engine vllm: {error}; {remedy}") from None
+        base, self.adapter = base_of(name), None
+        if base:
+            rank = json.loads((Path(name) / "adapter_config.json").read_text("utf-8"))["r"]
+            options = {"enable_lora": True, "max_lora_rank": max(rank, 8)} | options
+            self.adapter = LoRARequest("adapter", 1, resolve(name))
+        own = {"dtype": "bfloat16" if bf16 else "float32", "tokenizer": resolve(name)}
+        self.llm = LLM(model=resolve(base or name), **own | options)
+
+    def run(self, texts: list[list[int]], params) -> list:
+        texts = [{"prompt_token_ids": ids} for ids in texts]
+        return self.llm.generate(texts, params, lora_request=self.adapter, use_tqdm=False)
+
+    def write(self, judge, prompts: list[list[int]], names: list[str], args) -> Iterator[tuple]:
+        """Sample a CoT for each name, as gen_cot.write does, but yield no scores with it."""
+        from vllm import SamplingParams
+
+        room = judge.tokenizer.positions - len(judge.suffix_ids) - 2  # suffix and score still have to fit
+        texts = [prompts[row // args.num_cots] for row in range(len(names))]
+        params = [
+            SamplingParams(
+                temperature=args.temperature,
+                top_p=args.top_p,
+                repetition_penalty=args.repetition_penalty,
+                max_tokens=min(args.max_new_tokens, room - len(text)),
+                stop=[judge.grid.suffix.strip()],
+                include_stop_str_in_output=True,
+                seed=int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]),
+            )
+            for name, text in zip(names, texts, strict=True)
+        ]
+        for row, found in enumerate(self.run(texts, params)):
+            yield row, list(found.outputs[0].token_ids), None
+
+    def score(self, judge, texts: list[list[int]]) -> list[Rail]:
+        """Read the score distribution after each text, over the whole vocabulary, as predict.score does."""
+        from vllm import SamplingParams
+
+        ids, found = judge.scores["score_ids"].tolist(), []
+        params = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=ids)
+        for output in self.run(texts, params):
+            logprobs = output.outputs[0].logprobs[0]
+            probs = [math.exp(logprobs[id].logprob) for id in ids]
+            expected = sum(p * v for p, v in zip(probs, judge.grid.values, strict=True))
+            found.append(Rail(expected, 1 - sum(probs), probs))
+        return found
