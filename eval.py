@@ -4,6 +4,15 @@
 
 Writes metrics.json and figure.png to --out and prints tables, for the prediction (CoT-RAIL) and the decoded
 score. Several files are compared with the first, on the records they share and the same resamples of them.
+
+    pearson, spearman, kendall, rmse, mae
+    spread        standard deviation of the predictions over that of the true scores
+    kappa         quadratic weighted kappa of both scores, rounded to the grid
+    exact, within_one
+                  share of records on which these agree, or differ by at most one grid point
+    length_bias   correlation of prediction and length of the response, given the true score; for records
+                  that have a `response`
+    ties          share of the pairs of records that are given the same score
 """
 
 import argparse
@@ -30,7 +39,52 @@ METRICS = {  # (predicted (n,), true (n,)) → number
     "kendall": lambda p, y: correlation(stats.kendalltau, p, y),
     "rmse": lambda p, y: float(np.sqrt(np.mean((p - y) ** 2))),
     "mae": lambda p, y: float(np.mean(np.abs(p - y))),
+    "spread": lambda p, y: float(np.std(p) / np.std(y)) if np.ptp(y) else math.nan,
 }
+AGREEMENT = {  # the same, of indices into the score grid
+    "kappa": lambda p, y: kappa(p, y),
+    "exact": lambda p, y: float(np.mean(p == y)),
+    "within_one": lambda p, y: float(np.mean(np.abs(p - y) <= 1)),
+}
+
+
+def kappa(p: np.ndarray, y: np.ndarray) -> float:
+    """Return the quadratic weighted kappa (Cohen 1968): 1 − mean squared difference / the same by chance."""
+    by_chance = np.var(p) + np.var(y) + (p.mean() - y.mean()) ** 2  # mean of (p_i − y_j)² over all i, j
+    return float(1 - np.mean((p - y) ** 2) / by_chance) if by_chance else math.nan
+
+
+def length_bias(p: np.ndarray, y: np.ndarray, length: np.ndarray) -> float:
+    """Return the partial correlation of prediction and length, given the true score."""
+    p_l, p_y, l_y = (correlation(stats.pearsonr, a, b) for a, b in ((p, length), (p, y), (length, y)))
+    rest = (1 - p_y**2) * (1 - l_y**2)
+    return (p_l - p_y * l_y) / math.sqrt(rest) if rest > 1e-12 else math.nan
+
+
+def ties(p: np.ndarray) -> float:
+    _, same = np.unique(p, return_counts=True)
+    return float((same * (same - 1)).sum() / max(len(p) * (len(p) - 1), 1))
+
+
+def one_rater(rows: list[dict]) -> dict | None:
+    """Return r and RMSE of one rater against the mean of the others, where records have `ratings`."""
+    ratings = [row["ratings"] for row in rows if len(row.get("ratings") or ()) > 1]
+    pairs = [(own, np.mean(of[:k] + of[k + 1 :])) for of in ratings for k, own in enumerate(of)]
+    if not pairs:
+        return None
+    return {"ratings": len(pairs)} | {name: METRICS[name](*np.array(pairs).T) for name in ("pearson", "rmse")}
+
+
+def sampled(p: np.ndarray, rows: list[dict], grid: Grid, picks: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Return every metric of the predictions p (n,) on the data and on each resample in `picks`."""
+    y = np.array([row["score"] for row in rows], dtype=float)
+    points = [np.array([grid.nearest(score) for score in scores]) for scores in (p, y)]
+    found = {name: [of(p[pick], y[pick]) for pick in picks] for name, of in METRICS.items()}
+    found |= {name: [of(*(x[pick] for x in points)) for pick in picks] for name, of in AGREEMENT.items()}
+    if all(isinstance(row.get("response"), str) for row in rows):
+        length = np.array([len(row["response"]) for row in rows], dtype=float)
+        found["length_bias"] = [length_bias(p[pick], y[pick], length[pick]) for pick in picks]
+    return {name: np.array(samples) for name, samples in found.items()}
 
 
 def interval(samples: np.ndarray) -> dict:
@@ -84,6 +138,7 @@ def compare(files: dict[str, tuple[list[dict], Grid]], resamples: int, seed: int
     # One resample a row, the same for all files: so differences are paired
     picks = [np.arange(len(ids)), *np.random.default_rng(seed).integers(0, len(ids), (resamples, len(ids)))]
     report = {"reference": first, "evaluated": len(ids), "resamples": resamples, "seed": seed, "files": {}}
+    report["one_rater"] = one_rater([scored[first][id] for id in ids])
     samples = {}
     for path, (rows, grid) in files.items():
         own = [scored[path][id] for id in ids]
@@ -98,10 +153,12 @@ def compare(files: dict[str, tuple[list[dict], Grid]], resamples: int, seed: int
         report["files"][path] = entry | {"reliability": reliability(own, grid), "difference": {}}
         for kind in KINDS:
             values = np.array([row[kind] for row in own])
-            now = {name: np.array([of(values[p], true[p]) for p in picks]) for name, of in METRICS.items()}
+            now = sampled(values, own, grid, picks)
             before = samples.setdefault(kind, now)  # the first file's
-            report["files"][path][kind] = {name: interval(s) for name, s in now.items()}
-            differences = {name: interval(now[name] - before[name]) for name in now}
+            report["files"][path][kind] = {name: interval(s) for name, s in now.items()} | {
+                "ties": ties(values)
+            }
+            differences = {name: interval(now[name] - before[name]) for name in now if name in before}
             report["files"][path]["difference"][kind] = differences
     return report
 
@@ -137,30 +194,44 @@ def draw(files: dict[str, tuple[list[dict], Grid]], report: dict, path: Path) ->
 
 
 def show(report: dict) -> None:
-    """Print the report as Markdown tables."""
+    """Print the report: a row a metric, and for more than two files the predictions alone."""
+    files = report["files"]
+    kinds = KINDS if len(files) <= 2 else KINDS[:1]
 
-    def cell(c: dict) -> str:
+    def cell(c: dict | float | None) -> str:
+        if not isinstance(c, dict):
+            return "" if c is None else f"{c:.3f}"
         return "undefined" if c["value"] is None else "{value:.3f} [{low:.3f}, {high:.3f}]".format(**c)
 
-    def table(title: str, entries: dict[str, dict]) -> None:
-        rows = [["file", "score", *METRICS], ["---"] * (2 + len(METRICS))]
-        for path, entry in entries.items():
-            rows += [[path, kind, *map(cell, entry[kind].values())] for kind in KINDS]
+    def table(columns: dict[str, dict]) -> None:
+        names = list(dict.fromkeys(name for column in columns.values() for name in column))
+        rows = [["", *columns], ["---"] * (1 + len(columns))]
+        rows += [[name, *(cell(column.get(name)) for column in columns.values())] for name in names]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        print(f"{title}\n")
         for row in rows:
             print(f"| {' | '.join(map(str.ljust, row, widths))} |")
         print()
 
-    files, first = report["files"], report["reference"]
-    table(f"{report['evaluated']} records, 95 % bootstrap intervals", files)
-    if others := {path: entry["difference"] for path, entry in files.items() if path != first}:
-        table(f"Difference to {first} on the same records", others)
-        print(f"lowest RMSE: {min(files, key=lambda path: files[path]['prediction']['rmse']['value'])}")
-    for path, entry in files.items():
-        print(f"{path}: {entry['unfinished_rate']:.1%} of {entry['cots']} CoTs unfinished,", end=" ")
+    print(f"{report['evaluated']} records, 95 % bootstrap intervals\n")
+    for number, (path, entry) in enumerate(files.items(), 1):
+        print(
+            f"{number}: {path}: {entry['unfinished_rate']:.1%} of {entry['cots']} CoTs unfinished,", end=" "
+        )
         left_out = f"{entry['without_score']} without score, {entry['not_in_all_files']} not in all files"
         print(f"mean off-grid mass {entry['off_grid_mean']:.4f}, {left_out}")
+    if raters := report["one_rater"]:
+        print(
+            "one rater against the others: r {pearson:.3f}, RMSE {rmse:.3f} ({ratings} ratings)".format(
+                **raters
+            )
+        )
+    numbered = [(str(number), *item) for number, item in enumerate(files.items(), 1)]
+    print()
+    table({f"{n} {kind}": entry[kind] for n, _, entry in numbered for kind in kinds})
+    if len(files) > 1:
+        print("Difference to 1 on the same records\n")
+        table({f"{n} {kind}": entry["difference"][kind] for n, _, entry in numbered[1:] for kind in kinds})
+        print(f"lowest RMSE: {min(files, key=lambda path: files[path]['prediction']['rmse']['value'])}")
 
 
 def main() -> None:

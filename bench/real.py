@@ -22,7 +22,7 @@ import ablations
 from ablations import STEPS, WITHOUT_COT, Setup
 
 import runs
-from eval import METRICS
+from eval import METRICS, one_rater
 from records import ROOT, Grid, read_records
 
 SETTINGS = ROOT / "results/real/settings.json"
@@ -88,18 +88,12 @@ def ridge(train: list[dict], test: list[dict]) -> np.ndarray:
     return model.predict(inputs(test, False))
 
 
-def one_rater(records: list[dict]) -> list[tuple[float, float]]:
-    """Return every single rating, beside the mean of the other ratings of its record."""
-    ratings = [r["ratings"] for r in records if len(r.get("ratings", ())) > 1]
-    return [(own, np.mean(of[:k] + of[k + 1 :])) for of in ratings for k, own in enumerate(of)]
-
-
 def baselines(train: list[dict], test: list[dict]) -> dict:
     """Return r and RMSE of the ridge regression, and of one rater against the mean of the others."""
-    found = {"ridge": (ridge(train, test), np.array([r["score"] for r in test], float))}
-    if pairs := one_rater(test):
-        found["one rater against the others"] = np.array(pairs).T
-    return {name: {m: METRICS[m](*pair) for m in ("pearson", "rmse")} for name, pair in found.items()}
+    both = ridge(train, test), np.array([r["score"] for r in test], dtype=float)
+    found = {"ridge": {name: METRICS[name](*both) for name in ("pearson", "rmse")}}
+    raters = one_rater(test)
+    return found | ({"one rater against the others": raters} if raters else {})
 
 
 def main() -> None:

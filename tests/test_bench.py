@@ -160,8 +160,6 @@ def test_estimated_memory_is_what_is_measured(run_script, capsys):
     assert capsys.readouterr().out in (ROOT / "docs/speed.md").read_text("utf-8")
 
 
-def test_a_rater_is_compared_with_the_others_alone():
-    records = [{"ratings": [1, 3, 4]}, {"ratings": [2]}, {}]
-    assert real.one_rater(records) == [(1, 3.5), (3, 2.5), (4, 2)]
+def test_the_ridge_regression_sees_how_far_words_overlap():
     overlap = real.features([["The cat sat", "the dog"], ["", "dogs"]])
     assert overlap.tolist() == [[1 / 3, 1 / 2, 1 / 4, 3, 2], [0, 0, 0, 0, 1]]

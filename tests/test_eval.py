@@ -33,7 +33,14 @@ def evaluate(lab, *arguments) -> tuple:
 def test_metrics_and_reliability_by_hand_and_without_torch():
     p, y = np.array([1.0, 2.0, 3.0, 5.0]), np.array([1.0, 3.0, 2.0, 4.0])
     by_hand = {"pearson": 5.5 / 43.75**0.5, "spearman": 0.8, "kendall": 4 / 6, "rmse": 0.75**0.5, "mae": 0.75}
+    by_hand["spread"] = (8.75 / 5) ** 0.5
     assert {name: metric(p, y) for name, metric in eval.METRICS.items()} == pytest.approx(by_hand)
+    by_hand = {"kappa": 1 - 0.75 / np.mean((p[:, None] - y) ** 2), "exact": 0.25, "within_one": 1.0}
+    assert {name: metric(p, y) for name, metric in eval.AGREEMENT.items()} == pytest.approx(by_hand)
+    assert eval.AGREEMENT["within_one"](p, y + np.eye(4)[2]) == 1 and eval.ties(p[[0, 0, 1, 1, 1]]) == 0.4
+    length = np.array([3.0, 1.0, 4.0, 2.0])  # what is left of p and of length without y correlates so
+    rest = [x - np.polyval(np.polyfit(y, x, 1), y) for x in (p, length)]
+    assert eval.length_bias(p, y, length) == pytest.approx(np.corrcoef(*rest)[0, 1])
     points = eval.reliability(predictions(100), Grid())
     assert sum(p["n"] for p in points if p["observed"] == p["predicted"] in (0, 1)) == 500
     code = "import sys, eval; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
@@ -57,7 +64,8 @@ def test_files_are_compared_in_pairs_and_all_is_counted(lab):
     value, low, high = first["prediction"]["mae"].values()
     assert low < value < high and value == pytest.approx(common.mean())
     assert high - low == pytest.approx(2 * 1.96 * common.std() / np.sqrt(149), rel=0.1)
-    assert all(printed.count(f"| {path} ") >= 2 for path in paths) and f"lowest RMSE: {paths[0]}" in printed
+    assert all(f"{n}: {path}: " in printed for n, path in enumerate(paths, 1)) and "| 2 decoded " in printed
+    assert f"lowest RMSE: {paths[0]}" in printed and printed.count("| kappa ") == 2
     assert "149 records" in printed and "1 without score, 50 not in all files" in printed
 
 
@@ -87,3 +95,24 @@ def test_what_cannot_be_compared_is_refused(lab):
     assert "no probability on any score" in lab.fail("eval", empty, "--renormalise", *out)[1]
     assert "is given twice" in lab.fail("eval", path, path, *out)[1] and not out[1].exists()
     assert "is there already" in lab.fail("eval", path, "--out", lab.path)[1]
+
+
+def test_agreement_is_of_the_nearest_grid_points_and_the_ceiling_of_the_raters(lab):
+    """Round to a wide grid; length and ratings count where the records have them."""
+    rows = predictions(40)
+    for i, row in enumerate(rows):
+        row["score"] = 25 * (row["score"] - 1)
+        row |= {"prediction": min(row["score"] + 12, 100), "decoded": max(row["score"] - 30, 0)}
+        row |= {"response": "x" * (i % 7), "ratings": [i % 5, i % 5 + 1, i % 5 + 1]}
+    three = [lab.write(f"{name}.jsonl", rows) for name in "abc"]
+    for name in "abc":
+        note = '{"arguments": {"grid": "1=0,2=25,3=50,4=75,5=100", "suffix": " is "}}'
+        (lab.path / f"{name}.run.json").write_text(note)
+    found, printed = evaluate(lab, three[0])
+    assert found["prediction"]["exact"]["value"] == found["decoded"]["within_one"]["value"] == 1
+    assert found["decoded"]["exact"]["value"] == np.mean([row["score"] == 0 for row in rows])
+    assert abs(found["prediction"]["length_bias"]["value"]) < 1 and "| length_bias " in printed
+    rmse = ((1 + 2 * 0.25) / 3) ** 0.5  # off by 1, by one half, by one half
+    assert "one rater against the others: r 0." in printed and f"RMSE {rmse:.3f} (120 ratings)" in printed
+    *_, printed = evaluate(lab, *three)
+    assert "| 3 prediction " in printed and "decoded" not in printed
