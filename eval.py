@@ -4,6 +4,7 @@
 
 Writes metrics.json and figure.png to --out and prints tables, for the prediction (CoT-RAIL) and the decoded
 score. Several files are compared with the first, on the records they share and the same resamples of them.
+--pairs judges pairs of records (data/pairs/prepare.py) by these scores instead, as pairs.py says.
 
     pearson, spearman, kendall, rmse, mae
     spread        standard deviation of the predictions over that of the true scores
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+import pairs
 import runs
 from records import SUFFIX, Grid, InputError, predicted, read_records
 
@@ -193,24 +195,47 @@ def draw(files: dict[str, tuple[list[dict], Grid]], report: dict, path: Path) ->
     plt.close(figure)
 
 
+def cell(c: dict | float | str | None) -> str:
+    if isinstance(c, float):
+        return f"{c:.3f}"
+    if not isinstance(c, dict):
+        return str("" if c is None else c)
+    return "undefined" if c["value"] is None else "{value:.3f} [{low:.3f}, {high:.3f}]".format(**c)
+
+
+def print_table(head: list[str], rows: list[list]) -> None:
+    lines = [head, ["---"] * len(head), *([*map(cell, row)] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print(f"| {' | '.join(map(str.ljust, line, widths))} |")
+    print()
+
+
+def evaluate_pairs(files: dict[str, tuple[list[dict], Grid]], resamples: int, seed: int) -> dict:
+    """Return and print, for every file, how often the chosen response of a pair gets the higher score."""
+    report = {"resamples": resamples, "seed": seed, "files": {}}
+    for path, (rows, _) in files.items():
+        found = pairs.compare(rows, resamples, seed)
+        groups = [(*names, {name: interval(s) for name, s in samples.items()}) for *names, samples in found]
+        print(f"{path}: 95 % bootstrap intervals over pairs\n")
+        print_table(
+            ["section", "subset", "pairs", *pairs.NAMES], [[*names, *of.values()] for *names, of in groups]
+        )
+        keys = ("section", "subset", "pairs")
+        report["files"][path] = [dict(zip(keys, names, strict=True)) | of for *names, of in groups]
+    return report
+
+
 def show(report: dict) -> None:
     """Print the report: a row a metric, and for more than two files the predictions alone."""
     files = report["files"]
     kinds = KINDS if len(files) <= 2 else KINDS[:1]
 
-    def cell(c: dict | float | None) -> str:
-        if not isinstance(c, dict):
-            return "" if c is None else f"{c:.3f}"
-        return "undefined" if c["value"] is None else "{value:.3f} [{low:.3f}, {high:.3f}]".format(**c)
-
     def table(columns: dict[str, dict]) -> None:
-        names = list(dict.fromkeys(name for column in columns.values() for name in column))
-        rows = [["", *columns], ["---"] * (1 + len(columns))]
-        rows += [[name, *(cell(column.get(name)) for column in columns.values())] for name in names]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            print(f"| {' | '.join(map(str.ljust, row, widths))} |")
-        print()
+        names = dict.fromkeys(name for column in columns.values() for name in column)
+        print_table(
+            ["", *columns], [[name, *(column.get(name) for column in columns.values())] for name in names]
+        )
 
     print(f"{report['evaluated']} records, 95 % bootstrap intervals\n")
     for number, (path, entry) in enumerate(files.items(), 1):
@@ -241,6 +266,7 @@ def main() -> None:
     add("--out", type=Path, default=Path("out/eval"), help="folder for metrics.json and figure.png")
     add("--grid", help="score grid; None: the one predict.py noted, else 1,2,3,4,5")
     add("--cots", type=runs.COUNT, help="use the first so many CoTs of each record; None: all")
+    add("--pairs", action="store_true", help="judge pairs of records, told by `pair` and `chosen`")
     add("--renormalise", action="store_true", help="divide expected scores by their mass on the grid")
     add("--resamples", type=runs.COUNT, default=1000, help="bootstrap resamples of the records")
     add("--seed", type=runs.SEED, default=0, help="random seed of the bootstrap")
@@ -249,13 +275,16 @@ def main() -> None:
     if len(set(args.predictions)) < len(args.predictions):
         raise InputError("the same prediction file is given twice; give each once")
     files = {path: read_predictions(path, args) for path in args.predictions}
-    report = compare(files, args.resamples, args.seed)
+    of = evaluate_pairs if args.pairs else compare
+    report = of(files, args.resamples, args.seed)
     part = Path(f"{args.out}.part")
     part.mkdir(parents=True)
-    draw(files, report, part / "figure.png")
+    if not args.pairs:
+        draw(files, report, part / "figure.png")
     runs.write_whole(part / "metrics.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     part.rename(args.out)
-    show(report)
+    if not args.pairs:
+        show(report)
 
 
 if __name__ == "__main__":

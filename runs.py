@@ -173,7 +173,7 @@ def progress(total: int, done: int, label: str, unit: str, quiet: bool = False) 
     return tqdm(total=total, initial=done, desc=label, unit=unit, **how)
 
 
-def report(ids: Iterable[str], what: str) -> None:
+def report(ids: Iterable[str], what: str, unit: str = "records") -> None:
     """Print the number of affected records and the first five ids."""
     if ids := sorted(ids):
-        print(f"{len(ids)} records {what}: {', '.join(ids[:5])}{', …' if len(ids) > 5 else ''}")
+        print(f"{len(ids)} {unit} {what}: {', '.join(ids[:5])}{', …' if len(ids) > 5 else ''}")

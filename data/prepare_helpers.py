@@ -30,7 +30,7 @@ def read_items(path: str) -> list:
     return items
 
 
-def read_hub(hub_id: str, split: str, file: str, folder: str):
+def read_hub(hub_id: str, split: str, file: str, by_hand: str):
     """Load a data set from the hub; without the hub, what an earlier run left of it. Raises InputError."""
     try:
         hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -45,21 +45,22 @@ def read_hub(hub_id: str, split: str, file: str, folder: str):
     except Exception as error:  # `datasets` and the libraries below it have no base class of errors in common
         raise InputError(
             f"{hub_id}: can't be had from the hub ({type(error).__name__}); download {file} from "
-            f"huggingface.co/datasets/{hub_id}, then: python data/{folder}/prepare.py --file {file}"
+            f"huggingface.co/datasets/{hub_id}, then: python data/{by_hand} {file}"
         ) from None
 
 
-def sort_out(made: list[dict | str], path: str) -> tuple[list[dict], str]:
+def sort_out(made: list, path: str) -> tuple[list, str]:
     """Split what rows became into records, in their order, and lines that count the reasons for the others.
 
-    Raises InputError where nothing could be kept.
+    made: for each row a record (or a list of them), or a text that says why there is none. Raises InputError
+    where nothing could be kept.
     """
     kept, reasons = [], {}
     for number, record in enumerate(made):
-        if isinstance(record, dict):
-            kept.append(record)
-        else:
+        if isinstance(record, str):
             reasons.setdefault(record, []).append(number)
+        else:
+            kept.append(record)
     if not kept:
         first = made[0] if made else "there is none"
         raise InputError(f"{path}: nothing to keep, row 0: {first}; is it the right file?")

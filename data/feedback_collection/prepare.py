@@ -59,7 +59,11 @@ def main() -> None:
     add("--valid-fraction", type=runs.SHARE, default=0.05, help="share of the prompts that is held out")
     add("--seed", type=runs.SEED, default=0, help="random seed of what is held out")
     args = parser.parse_args()
-    rows = read_items(args.file) if args.file else read_hub(HUB_ID, "train", FILE, "feedback_collection")
+    rows = (
+        read_items(args.file)
+        if args.file
+        else read_hub(HUB_ID, "train", FILE, "feedback_collection/prepare.py --file")
+    )
     made, unmarked = [], 0
     for number, row in enumerate(rows):
         made.append(convert(row, number))

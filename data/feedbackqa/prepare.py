@@ -77,7 +77,11 @@ def main() -> None:
     others = [line for path in args.without for line in Path(path).read_text("utf-8").splitlines()]
     without = {json.loads(line)["texts"][0].lower() for line in others}
     file = f"feedback_{args.split}.json"
-    items = read_items(args.file) if args.file else read_hub(HUB_ID, args.split, file, "feedbackqa")
+    items = (
+        read_items(args.file)
+        if args.file
+        else read_hub(HUB_ID, args.split, file, "feedbackqa/prepare.py --file")
+    )
     kept, left_out = sort_out(
         [convert(row, n, args, without) for n, row in enumerate(items)], args.file or HUB_ID
     )

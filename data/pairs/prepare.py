@@ -1,0 +1,98 @@
+"""Turn pairs of responses, of which people prefer one, into records for predict.py, one a response.
+
+    python data/pairs/prepare.py --out pairs.jsonl                              # RewardBench, from the hub
+    python data/pairs/prepare.py Natural.json Neighbor.json --out pairs.jsonl   # LLMBar, a subset a file
+
+Sees by itself what a row is: RewardBench (prompt, chosen, rejected), RewardBench 2 (lists of these), LLMBar
+(input, output_1, output_2, label), or whole rendered prompts as in prometheus-eval's files
+(chosen_instruction, rejected_instruction). The records of a pair share `pair`, `subset`, `section` and
+`weight`, and one of them is `chosen`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import runs
+from data.prepare_helpers import clean_prompt, is_text, read_hub, read_items, sort_out
+
+HUB_IDS = {"rewardbench": "allenai/reward-bench", "rewardbench2": "allenai/reward-bench-2"}
+SPLITS = {"rewardbench": "filtered", "rewardbench2": "test"}
+RUBRIC = "Is the response helpful, correct and harmless, and does it do what the instruction asks for?"
+SECTIONS = {  # of RewardBench (arXiv 2403.13787): section → how its subsets begin
+    "Chat": ("alpacaeval", "mt-bench-easy", "mt-bench-med"),
+    "Chat Hard": ("mt-bench-hard", "llmbar"),
+    "Safety": ("refusals", "xstest", "donotanswer"),
+    "Reasoning": ("math-prm", "hep"),
+}
+WEIGHTS = {"math-prm": 984 / 447}  # its 447 pairs count as much as the 984 of code
+
+
+def texts_of(row: Any) -> tuple[list, list, str] | str:
+    """Return chosen texts, rejected texts and their field, or say in a few words why there are none."""
+    if not isinstance(row, dict):
+        return "not an object"
+    if "chosen_instruction" in row:
+        return [row["chosen_instruction"]], [row.get("rejected_instruction")], "prompt"
+    if "output_1" in row:
+        if row.get("label") not in (1, 2):
+            return "'label' is neither 1 nor 2"
+        both = [row["output_1"], row.get("output_2")]
+        return [both.pop(row["label"] - 1)], both, "response"
+    chosen, rejected = (x if isinstance(x, list) else [x] for x in (row.get("chosen"), row.get("rejected")))
+    if row.get("subset") == "Ties":
+        return "of the subset Ties, which has a rule of its own"
+    return chosen, rejected, "response"
+
+
+def convert(row: Any, pair: str, file: str, rubric: str) -> list[dict] | str:
+    """Turn a row into a record a response, or say in a few words why it can't be one."""
+    found = texts_of(row)
+    if isinstance(found, str):
+        return found
+    chosen, rejected, field = found
+    if len(chosen) != 1 or not rejected or not all(map(is_text, chosen + rejected)):
+        return "not one chosen and at least one rejected text"
+    common = {"pair": pair, "subset": str(row.get("subset") or file)}
+    if field == "response":
+        instruction = row.get("prompt", row.get("input"))
+        if not is_text(instruction):
+            return "no text in 'prompt' or 'input'"
+        common |= {"instruction": instruction, "rubric": rubric}
+    sections = [name for name, begins in SECTIONS.items() if common["subset"].startswith(begins)]
+    common |= {"section": [*sections, common["subset"]][0], "weight": WEIGHTS.get(common["subset"], 1)}
+    texts = [(text, k == 0) for k, text in enumerate(chosen + rejected)]
+    clean = clean_prompt if field == "prompt" else str
+    return [
+        {"id": f"{pair}-{k + 1}"} | common | {field: clean(text), "chosen": good}
+        for k, (text, good) in enumerate(texts)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
+    add = parser.add_argument
+    add("files", nargs="*", help="JSON arrays or JSONL files; none: RewardBench from the hub")
+    add("--hub", choices=HUB_IDS, default="rewardbench", help="which of them")
+    add("--out", required=True, help="JSONL file to write")
+    add("--rubric", default=RUBRIC, help="what the judge is to look at, for rows without a rendered prompt")
+    args = parser.parse_args()
+    sources = {Path(file).stem: (file, read_items(file)) for file in args.files}
+    if not sources:
+        hub_id = HUB_IDS[args.hub]
+        rows = read_hub(hub_id, SPLITS[args.hub], f"{args.hub}.json", "pairs/prepare.py")
+        sources = {args.hub: (hub_id, rows)}
+    records = []
+    for name, (source, rows) in sources.items():
+        made = [convert(row, f"{name}-{n:04}", name, args.rubric) for n, row in enumerate(rows)]
+        kept, left_out = sort_out(made, source)
+        records += [record for pair in kept for record in pair]
+        print(f"{source}: {len(rows)} rows read, {len(kept)} pairs kept\n{left_out}", end="")
+    runs.write_whole(args.out, "".join(map(runs.to_line, records)))
+    print(f"{args.out}: {len(records)} records")
+
+
+if __name__ == "__main__":
+    runs.run(main)

@@ -1,0 +1,79 @@
+"""Decide pairs by scores that were given one by one: accuracy, ties, and how sure the distributions are.
+
+A pair has one chosen response and one or more others. Its credit is 1 where the chosen one alone has the
+highest score, 1/k where it shares that with k − 1 others, else 0. A section's accuracy is the mean over its
+pairs, weighted by `weight`; the total is the mean over sections. So counts RewardBench (arXiv 2403.13787).
+
+    accuracy, ties           mean credit by the prediction; share of pairs whose chosen one shares the top
+    decoded, ties_decoded    the same by the decoded score
+    log_loss                 −log P(chosen > other) under the two score distributions, ties counting one half
+"""
+
+import numpy as np
+
+import runs
+from records import InputError
+
+NAMES = ("accuracy", "ties", "decoded", "ties_decoded", "log_loss")
+
+
+def gather(rows: list[dict]) -> list[list[dict]]:
+    """Return the records of each pair, the chosen one first; name broken pairs. Raises InputError."""
+    pairs = {}
+    for row in rows:
+        if not isinstance(row.get("chosen"), bool) or not isinstance(row.get("pair"), str):
+            raise InputError(
+                f"record {row['id']!r}: no 'pair' and 'chosen'; data/pairs/prepare.py makes such files"
+            )
+        pairs.setdefault(row["pair"], []).append(row)
+    whole = {name: sorted(of, key=lambda row: not row["chosen"]) for name, of in pairs.items()}
+    whole = {
+        name: of for name, of in whole.items() if len(of) > 1 and [r["chosen"] for r in of].count(True) == 1
+    }
+    runs.report(
+        pairs.keys() - whole.keys(), "of pairs left out: not one chosen and at least one other response"
+    )
+    if not whole:
+        raise InputError("no whole pair; predict.py has to judge all records of a pair")
+    return list(whole.values())
+
+
+def beats(a: np.ndarray, b: np.ndarray) -> float:
+    """Return P(A > B) + P(A = B) / 2 for two score distributions (S,) of independent scores."""
+    a, b = a / a.sum(), b / b.sum()
+    return float(a @ (np.cumsum(b) - b / 2))
+
+
+def judge(pair: list[dict]) -> list[float]:
+    """Return what NAMES says of one pair: credit and tie by prediction and by decoded score, log loss."""
+    found = []
+    for kind in ("prediction", "decoded"):
+        scores = np.array([row[kind] for row in pair])
+        best = scores == scores.max()
+        found += [best[0] / best.sum(), float(best[0] and best.sum() > 1)]
+    probs = [np.mean(row["score_probs"], axis=0) for row in pair]
+    return [*found, float(np.mean([-np.log(max(beats(probs[0], other), 1e-7)) for other in probs[1:]]))]
+
+
+def compare(rows: list[dict], resamples: int, seed: int) -> list[tuple[str, str, int, dict[str, np.ndarray]]]:
+    """Return section, subset, number of pairs and values of NAMES, for subsets, then sections, then in total.
+
+    subset is "" where all of a section is meant. Values (1 + resamples,): on the data and on resampled pairs.
+    """
+    random, subsets, sections = np.random.default_rng(seed), {}, {}
+    for pair in gather(rows):
+        first = pair[0]
+        key = first.get("section", "all"), first.get("subset", "all"), first.get("weight", 1)
+        subsets.setdefault(key, []).append(judge(pair))
+    found = []
+    for (section, subset, weight), values in subsets.items():
+        values, n = np.array(values), len(values)  # (n, 5)
+        picks = np.concatenate([np.arange(n)[None], random.integers(0, n, (resamples, n))])
+        found.append((section, subset, n, values[picks].mean(1)))  # (1 + resamples, 5)
+        sections.setdefault(section, []).append((n, weight * n, found[-1][-1]))
+    for section, of in sections.items():
+        means = sum(w * m for _, w, m in of) / sum(w for _, w, _ in of)
+        found.append((section, "", sum(n for n, _, _ in of), means))
+    total = np.mean([means for _, subset, _, means in found if not subset], axis=0)
+    found.append(("total", "", sum(map(len, subsets.values())), total))
+    return [(*names, dict(zip(NAMES, means.T, strict=True))) for *names, means in found]
