@@ -30,9 +30,8 @@ def gather(rows: list[dict]) -> list[list[dict]]:
     whole = {
         name: of for name, of in whole.items() if len(of) > 1 and [r["chosen"] for r in of].count(True) == 1
     }
-    runs.report(
-        pairs.keys() - whole.keys(), "of pairs left out: not one chosen and at least one other response"
-    )
+    broken = pairs.keys() - whole.keys()
+    runs.report(broken, "without one chosen and one other response left out", "pairs")
     if not whole:
         raise InputError("no whole pair; predict.py has to judge all records of a pair")
     return list(whole.values())
@@ -71,9 +70,7 @@ def compare(rows: list[dict], resamples: int, seed: int) -> list[tuple[str, str,
         picks = np.concatenate([np.arange(n)[None], random.integers(0, n, (resamples, n))])
         found.append((section, subset, n, values[picks].mean(1)))  # (1 + resamples, 5)
         sections.setdefault(section, []).append((n, weight * n, found[-1][-1]))
-    for section, of in sections.items():
-        means = sum(w * m for _, w, m in of) / sum(w for _, w, _ in of)
-        found.append((section, "", sum(n for n, _, _ in of), means))
-    total = np.mean([means for _, subset, _, means in found if not subset], axis=0)
-    found.append(("total", "", sum(map(len, subsets.values())), total))
+    means = {name: sum(w * m for _, w, m in of) / sum(w for _, w, _ in of) for name, of in sections.items()}
+    found += [(name, "", sum(n for n, *_ in of), means[name]) for name, of in sections.items() if len(of) > 1]
+    found.append(("total", "", sum(map(len, subsets.values())), sum(means.values()) / len(means)))
     return [(*names, dict(zip(NAMES, means.T, strict=True))) for *names, means in found]

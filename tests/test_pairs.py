@@ -57,7 +57,7 @@ def test_sections_weigh_their_pairs_and_the_total_its_sections(lab):
     path = lab.write("p.jsonl", rows)
     lab.run("eval", path, "--pairs", "--grid", "1,2,3", "--resamples", 20, "--out", out)
     said = lab.capsys.readouterr().out
-    assert "2 records of pairs left out" in said and "lone, two" in said
+    assert "2 pairs without one chosen and one other response left out: lone, two" in said
     groups = json.loads((out / "metrics.json").read_text())["files"][str(path)]
     found = {(g["section"], g["subset"]): (g["pairs"], g["accuracy"]["value"]) for g in groups}
     assert found["Reasoning", "math"] == (1, 1) and found["Reasoning", ""] == (2, 0.75)
