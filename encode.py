@@ -25,6 +25,7 @@ def template_halves(tokenizer) -> tuple[str, str]:
     try:
         template = SAME_DATE + tokenizer.get_chat_template()
         options = {"tokenize": False, "add_generation_prompt": True, "date_string": DATE}
+        options |= {"enable_thinking": False}  # the CoT is the judge's own, before its score
         text = tokenizer.apply_chat_template(messages, chat_template=template, **options)
     except Exception as error:  # a template can raise anything
         raise InputError(f"{tokenizer.name_or_path}: its chat template fails ({error}); mend it") from None
@@ -32,6 +33,12 @@ def template_halves(tokenizer) -> tuple[str, str]:
         raise InputError(f"{tokenizer.name_or_path}: its chat template does not hold the prompt once")
     before, after = text.split(PLACEHOLDER)
     return before, after
+
+
+def thinks(tokenizer) -> bool | None:
+    """Return what a chat template is told for `enable_thinking`: False, or None where it does not ask."""
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    return False if "enable_thinking" in template else None
 
 
 def control_tokens(tokenizer) -> dict[int, str]:

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 import models
 import runs
-from encode import prefix_ids, prompt_ids, score_tokens
+from encode import prefix_ids, prompt_ids, score_tokens, thinks
 from loss import Rail, rail
 from models import decode, device, head
 from records import ROOT, Grid, InputError, read_records
@@ -257,7 +257,8 @@ def process_file(args, need: tuple[str, ...], texts_of: Callable, answer: Callab
 
     unfinished = [r["id"] for r in fitting if not all(json.loads(done[r["id"]])["finished"])]
     record = Path(f"{str(args.out).removesuffix('.jsonl')}.run.json")
-    runs.write_run(record, args, settings, started, unfinished=len(unfinished), sequences_at_once=at_once)
+    facts = {"unfinished": len(unfinished), "sequences_at_once": at_once}
+    runs.write_run(record, args, settings, started, **facts, enable_thinking=thinks(judge.tokenizer))
     runs.write_whole(args.out, "".join(done[r["id"]] for r in fitting))  # last: where OUT is, everything is
     shutil.rmtree(part)
     runs.report(length.keys() - done.keys(), f"left out, longer than {longest} tokens")

@@ -26,6 +26,9 @@ MODELS = {  # what `--model NAME` stands for; any other name is a folder or a hu
     "prometheus-2-7b": "prometheus-eval/prometheus-7b-v2.0",
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
 

@@ -29,7 +29,7 @@ from transformers import get_cosine_schedule_with_warmup
 import models
 import ranks
 import runs
-from encode import Example, encode, score_tokens
+from encode import Example, encode, score_tokens, thinks
 from loss import Loss, cot_raft_loss
 from models import TINY_SEED, device, head
 from records import ROOT, InputError, read_records
@@ -38,7 +38,7 @@ from runs import COUNT, SHARE, WEIGHT, Fault
 # The paper's settings (its appendix; LLaMA-Factory's defaults where it is silent), and the embedded task's
 PAPER = dict(lr=1e-5, epochs=2, batch_size=1, accumulation=8, warmup=0.1, weight_decay=0.0)
 EMBEDDED = dict(lr=1e-3, epochs=4, batch_size=16, accumulation=1, warmup=0.05, weight_decay=0.01)
-LORA_BY_DEFAULT = ("mistral-7b", "llama-3.1-8b", "prometheus-2-7b")
+LORA_BY_DEFAULT = ("mistral-7b", "llama-3.1-8b", "prometheus-2-7b", "qwen3-8b")
 LOGITS = 2**24  # logits held at a time: 64 MiB in fp32, and three times that with what the loss makes of them
 BAD_STEPS = 10  # steps in a row without a finite loss after which training stops
 
@@ -251,6 +251,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     # run.json, then the final name: a folder called args.out is always whole
     last = json.loads((part / "log.jsonl").read_text("utf-8").splitlines()[-1])
     facts = {"examples": len(examples), "tokens": tokens, "tokens_per_second": speed, "last_step": last}
+    facts |= {"enable_thinking": thinks(tokenizer)}
     runs.write_run(part / "run.json", args, settings, started, **facts)
     part.rename(args.out)
     for name in (*runs.PASSING, "README.md"):  # the last is peft's, a form to fill in

@@ -1,13 +1,14 @@
 """From a record to token ids, on real tokenizers with the ids spelled out."""
 
 import copy
+from importlib import resources
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from encode import encode, prefix_ids, prompt_ids, score_tokens
+from encode import encode, prefix_ids, prompt_ids, score_tokens, thinks
 from records import SUFFIX, Grid, InputError
 from stage1_train import collate
 
@@ -100,6 +101,23 @@ def test_a_template_is_kept_but_for_its_date_and_refused_where_it_fails(gpt2_tok
         monkeypatch.setattr(gpt2_tokenizer, "chat_template", template)
         with pytest.raises(InputError, match=f"its chat template {message}"):
             prompt_ids(gpt2_tokenizer, PROMPT)
+
+
+THINKING = {  # the template that trl ships → how the answer of a model that is not to think begins
+    "qwen3": "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    "qwen3_8": "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    "glm4moe": "/nothink<|assistant|>\n<think></think>",
+    "qwen2_5": "<|im_start|>assistant\n",
+}
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_models_that_can_think_are_told_not_to(name, gpt2_tokenizer, monkeypatch):
+    template = (resources.files("trl") / f"chat_templates/{name}.jinja").read_text("utf-8")
+    monkeypatch.setattr(gpt2_tokenizer, "chat_template", template)
+    text = gpt2_tokenizer.decode(prompt_ids(gpt2_tokenizer, PROMPT))
+    assert text.endswith(THINKING[name]) and text.count(PROMPT) == 1
+    assert thinks(gpt2_tokenizer) is (None if name == "qwen2_5" else False)
 
 
 HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\nFlawless. So the overall score is 5"

@@ -1,6 +1,7 @@
 """LoRA and full fine-tuning, and the models that this code refuses because it would not follow them."""
 
 import json
+from importlib import resources
 
 import pytest
 import torch
@@ -92,7 +93,10 @@ def test_broken_checkpoints_are_refused(tiny_tokenizer, adapter, tmp_path):
 
 STATE, HEAD = "keeps more than keys and values", "scales or caps its logits"
 WIDE = {"head_dim": 8, "sliding_window": 8}
-KINDS = [(kind, {}, None) for kind in ("llama", "gpt2", "gpt_neox", "bloom", "falcon", "olmo2", "granite")]
+KINDS = [
+    (kind, {}, None)
+    for kind in ("llama", "smollm3", "gpt2", "gpt_neox", "bloom", "falcon", "olmo2", "granite")
+]
 KINDS += [("phi3", {"pad_token_id": 0}, None), ("qwen3", WIDE, None), ("gemma3_text", WIDE, None)]
 KINDS += [("gemma2", WIDE | {"final_logit_softcapping": 3.0}, HEAD), ("cohere", {"logit_scale": 0.1}, HEAD)]
 KINDS += [("lfm2", {"layer_types": ["full_attention", "conv"]}, STATE), ("mamba", {"state_size": 4}, STATE)]
@@ -106,3 +110,14 @@ def test_models_that_would_not_be_followed_are_refused(kind, config, message, ti
         assert models.load_model(str(tmp_path), torch.float32).config.model_type == kind
     else:
         assert message in refused(tmp_path)
+
+
+def test_thinking_is_off_in_every_stage_and_noted(lab, gpt2_tokenizer, monkeypatch):
+    template = (resources.files("trl") / "chat_templates/qwen3.jinja").read_text("utf-8")
+    monkeypatch.setattr(gpt2_tokenizer, "chat_template", template)
+    data, model = lab.write("few.jsonl", lab.rows[:4]), lab.checkpoint(gpt2_tokenizer)
+    lab.run("stage1_train", "--model", model, "--data", data, "--epochs", 1, "--out", lab.path / "p_s")
+    judge = ("--model", lab.path / "p_s", "--data", data, "--max-new-tokens", 2)
+    lab.run("predict", *judge, "--out", lab.path / "judged.jsonl")
+    for name in ("p_s/run.json", "judged.run.json"):
+        assert json.loads((lab.path / name).read_text())["enable_thinking"] is False
