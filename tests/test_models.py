@@ -93,11 +93,9 @@ def test_broken_checkpoints_are_refused(tiny_tokenizer, adapter, tmp_path):
 
 STATE, HEAD = "keeps more than keys and values", "scales or caps its logits"
 WIDE = {"head_dim": 8, "sliding_window": 8}
-KINDS = [
-    (kind, {}, None)
-    for kind in ("llama", "smollm3", "gpt2", "gpt_neox", "bloom", "falcon", "olmo2", "granite")
-]
-KINDS += [("phi3", {"pad_token_id": 0}, None), ("qwen3", WIDE, None), ("gemma3_text", WIDE, None)]
+KINDS = [(kind, {}, None) for kind in ("llama", "gpt2", "gpt_neox", "bloom", "falcon", "olmo2", "granite")]
+KINDS += [(kind, {"pad_token_id": 0}, None) for kind in ("phi3", "smollm3")]
+KINDS += [(kind, WIDE, None) for kind in ("qwen3", "gemma3_text")]
 KINDS += [("gemma2", WIDE | {"final_logit_softcapping": 3.0}, HEAD), ("cohere", {"logit_scale": 0.1}, HEAD)]
 KINDS += [("lfm2", {"layer_types": ["full_attention", "conv"]}, STATE), ("mamba", {"state_size": 4}, STATE)]
 KINDS += [("qwen3_next", {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}, STATE)]
