@@ -6,7 +6,8 @@ pairs, weighted by `weight`; the total is the mean over sections. So counts Rewa
 
     accuracy, ties           mean credit by the prediction; share of pairs whose chosen one shares the top
     decoded, ties_decoded    the same by the decoded score
-    log_loss                 −log P(chosen > other) under the two score distributions, ties counting one half
+    above, log_loss          mean P(chosen > other) under the two score distributions, ties counting one half,
+                             and mean −log of it
 """
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 import runs
 from records import InputError
 
-NAMES = ("accuracy", "ties", "decoded", "ties_decoded", "log_loss")
+NAMES = ("accuracy", "ties", "decoded", "ties_decoded", "above", "log_loss")
 
 
 def gather(rows: list[dict]) -> list[list[dict]]:
@@ -38,20 +39,23 @@ def gather(rows: list[dict]) -> list[list[dict]]:
 
 
 def beats(a: np.ndarray, b: np.ndarray) -> float:
-    """Return P(A > B) + P(A = B) / 2 for two score distributions (S,) of independent scores."""
+    """Return P(A > B) + P(A = B) / 2 for two score distributions (S,); one half where one has no mass."""
+    if not (a.any() and b.any()):
+        return 0.5
     a, b = a / a.sum(), b / b.sum()
     return float(a @ (np.cumsum(b) - b / 2))
 
 
 def judge(pair: list[dict]) -> list[float]:
-    """Return what NAMES says of one pair: credit and tie by prediction and by decoded score, log loss."""
+    """Return what NAMES says of one pair, the chosen record first."""
     found = []
     for kind in ("prediction", "decoded"):
         scores = np.array([row[kind] for row in pair])
         best = scores == scores.max()
         found += [best[0] / best.sum(), float(best[0] and best.sum() > 1)]
     probs = [np.mean(row["score_probs"], axis=0) for row in pair]
-    return [*found, float(np.mean([-np.log(max(beats(probs[0], other), 1e-7)) for other in probs[1:]]))]
+    above = np.array([beats(probs[0], other) for other in probs[1:]])
+    return [*found, float(above.mean()), float(-np.log(above.clip(1e-7)).mean())]
 
 
 def compare(rows: list[dict], resamples: int, seed: int) -> list[tuple[str, str, int, dict[str, np.ndarray]]]:
@@ -66,9 +70,9 @@ def compare(rows: list[dict], resamples: int, seed: int) -> list[tuple[str, str,
         subsets.setdefault(key, []).append(judge(pair))
     found = []
     for (section, subset, weight), values in subsets.items():
-        values, n = np.array(values), len(values)  # (n, 5)
+        values, n = np.array(values), len(values)  # (n, 6)
         picks = np.concatenate([np.arange(n)[None], random.integers(0, n, (resamples, n))])
-        found.append((section, subset, n, values[picks].mean(1)))  # (1 + resamples, 5)
+        found.append((section, subset, n, values[picks].mean(1)))  # (1 + resamples, 6)
         sections.setdefault(section, []).append((n, weight * n, found[-1][-1]))
     means = {name: sum(w * m for _, w, m in of) / sum(w for _, w, _ in of) for name, of in sections.items()}
     found += [(name, "", sum(n for n, *_ in of), means[name]) for name, of in sections.items() if len(of) > 1]

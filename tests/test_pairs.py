@@ -31,6 +31,7 @@ def test_credit_ties_and_log_loss_by_hand():
     low, mid, high = [0.8, 0.2, 0.0], [0.2, 0.6, 0.2], [0.0, 0.2, 0.8]
     assert pairs.beats(np.array(high), np.array(low)) == pytest.approx(0.8 + 0.2 * (0.8 + 0.2 / 2))
     assert pairs.beats(np.array(low) / 2, np.array(low)) == pytest.approx(0.5)  # off-grid mass aside
+    assert pairs.beats(np.zeros(3), np.array(low)) == 0.5
     rows = [response("a", False, low), response("a", True, mid)]  # right
     rows += [response("b", True, low), response("b", False, [0.9, 0.1, 0.0])]  # right, decoded scores tie
     rows += [response("c", True, mid), response("c", False, mid), response("c", False, mid)]  # one of three
@@ -41,6 +42,7 @@ def test_credit_ties_and_log_loss_by_hand():
     assert value["accuracy"] == pytest.approx((1 + 1 + 1 / 3) / 4) and value["ties"] == 1 / 4
     assert value["decoded"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 4) and value["ties_decoded"] == 2 / 4
     sure = [pairs.beats(np.array(a), np.array(b)) for a, b in ((mid, low), (low, [0.9, 0.1, 0]), (low, high))]
+    assert value["above"] == pytest.approx((sum(sure) + 0.5) / 4)
     assert value["log_loss"] == pytest.approx(-(sum(map(math.log, sure)) + math.log(0.5)) / 4)
     assert samples["accuracy"][1:].std() == pytest.approx(np.std([1, 1, 1 / 3, 0]) / 2, rel=0.2)
 

@@ -1,8 +1,10 @@
 """The stages chained by their files, and what makes no sense is refused."""
 
+import doctest
 import json
 
 import pytest
+from conftest import ROOT
 
 from models import TINY_SEED
 
@@ -50,6 +52,12 @@ def test_without_cot_from_training_to_prediction(lab):
     for row in lab.read("p.jsonl"):
         expected = sum(p * score for score, p in enumerate(row["score_probs"][0], 1))
         assert row["cots"] == [""] and row["prediction"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_readme_judges_from_python(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    failed, run = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
+    assert run == 12 and not failed
 
 
 COTS = {"id": "a", "prompt": "p", "cot": "c", "score": 3, "cots": ["c"], "finished": [True]}
