@@ -152,12 +152,17 @@ def load_for_training(name: str, lora_rank: int | None, checkpointing: bool, bf1
             module.cast_input_dtype_enabled = False
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def print_memory(model) -> None:
+    """Print what training takes for sure on this device, and what the device has."""
+    own = [(p.to_local() if hasattr(p, "to_local") else p, p.requires_grad) for p in model.parameters()]
+    takes = sum(p.numel() * (p.element_size() + 12 * trained) for p, trained in own)
     has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     has = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else has
-    takes = sum(p.numel() * (p.element_size() + 12 * p.requires_grad) for p in model.parameters())
     print(f"memory: weights, gradients and AdamW take {takes / 2**30:.2f} GiB, activations more;", end=" ")
     print(f"{device()} has {has / 2**30:.2f} GiB (bench/memory.py estimates the whole)")
-    return model.train()
 
 
 def add_lora(model, rank: int):

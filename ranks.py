@@ -1,12 +1,14 @@
 """Train in several processes under torchrun; in one, nothing here does anything. Skip this file at first.
 
-Every process (rank) holds the whole model and takes its share of each window. Losses and gradients are
-divided by the whole window's tokens and sequences: their sum over the ranks is what one process would have.
+Every process (rank) takes its share of each window. Losses and gradients are divided by the whole window's
+tokens and sequences: their sum over the ranks is what one process would have. Every rank holds the whole
+model, or with --fsdp its share of the blocks' weights, gradients and AdamW (FSDP2, arXiv 2304.11277).
 """
 
 import atexit
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -24,23 +26,78 @@ def join() -> None:
             sys.stdout = open(os.devnull, "w")
 
 
+def launched() -> bool:
+    return dist.is_initialized()
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def share(examples: list) -> list:
-    """Return what of a window this rank takes; with fewer examples than ranks that can be none."""
-    return examples[rank() :: dist.get_world_size()] if dist.is_initialized() else examples
+def micro_batches(examples: list, size: int) -> Iterator[tuple[list, bool]]:
+    """Yield this rank's micro-batches, and whether they count.
+
+    All ranks run equally many, since FSDP gathers weights in each: a rank that has none left runs the first
+    example again, and does not count it.
+    """
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    own = examples[rank() :: ranks]
+    for i in range(0, -(-len(examples) // ranks), size):
+        yield own[i : i + size] or examples[:1], i < len(own)
+
+
+def is_spread(x) -> bool:
+    return hasattr(x, "full_tensor")  # a DTensor, whose import takes a second
+
+
+def spread(model) -> None:
+    """Spread the decoder's blocks over the ranks (FSDP2); embeddings, last norm and head stay on each."""
+    from torch.distributed.fsdp import fully_shard
+
+    decoder = model.get_decoder()
+    blocks = max((x for x in decoder.children() if isinstance(x, torch.nn.ModuleList)), key=len)
+    rest = {*model.parameters()} - {*blocks.parameters()}
+    for module in (*blocks, decoder):  # the decoder has no weights of its own left; it fetches a block ahead
+        fully_shard(module, ignored_params=rest)
+        module.set_gradient_divide_factor(1.0)  # a sum: losses are divided by the whole window's tokens
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def together(state):
+    """Return a state, of nested dicts, with what is spread put together, on the CPU of rank 0."""
+    if isinstance(state, dict):
+        return {name: together(x) for name, x in state.items()}
+    whole = state.full_tensor() if is_spread(state) else state
+    return (whole.cpu() if rank() == 0 else None) if is_spread(state) else state
+
+
+def spread_like(other: Tensor, whole: Tensor) -> Tensor:
+    """Spread a whole tensor as `other` is, if it has its shape."""
+    if not is_spread(other) or whole.shape != other.shape:
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, other.device_mesh, other.placements, src_data_rank=None)
 
 
 def gradients(model) -> list[Tensor]:
-    """Return the gradients of all that is trained; zeros where this rank had no example."""
-    if not dist.is_initialized():
-        return []
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    return [p.grad for p in trained]
+    """Return the gradients that every rank has of its own; FSDP adds up the others by itself."""
+    return [p.grad for p in model.parameters() if p.grad is not None and not is_spread(p.grad)]
+
+
+def clip(model, largest: float) -> Tensor:
+    """Scale gradients down to a norm of at most `largest`; returns what it was, over all ranks."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    parts = [p.grad.to_local() for p in parameters if is_spread(p.grad)]
+    if not parts:
+        return torch.nn.utils.clip_grad_norm_(parameters, largest)
+    whole, norm_of = gradients(model), torch.nn.utils.get_total_norm
+    square = norm_of(parts).square()
+    add_up([square])
+    norm = (square + norm_of(whole).square()).sqrt()
+    for gradient in parts + whole:
+        gradient.mul_((largest / (norm + 1e-6)).clamp(max=1))
+    return norm
 
 
 def add_up(tensors: list[Tensor]) -> None:

@@ -111,17 +111,16 @@ def train(args, model, plan: list, valid: list[Example], loss: Callable, pad_id:
             n_tokens = sum(e.supervised - (args.score_ce == "none") for e in window)
             loss_of_step = partial(loss, n_tokens=n_tokens, n_sequences=len(window))
             sums = torch.zeros(3, device=device())  # loss, CE, penalty
-            own = ranks.share(window)  # all of it, but under torchrun
-            for i in range(0, len(own), args.batch_size):
-                batch = collate(own[i : i + args.batch_size], pad_id)
+            for examples, counts in ranks.micro_batches(window, args.batch_size):
+                batch = collate(examples, pad_id)
                 hidden = supervised_rows(model, batch, args.bf16)  # (R, D): forward, but for the head
                 rows = hidden.detach().requires_grad_()
                 for part in loss_in_parts(model, rows, batch, loss_of_step, args.bf16):
-                    part.total.backward()  # adds to rows.grad and frees the logits of this part
-                    sums += torch.stack([part.total.detach(), part.ce, part.penalty])
+                    (counts * part.total).backward()  # adds to rows.grad, frees the logits of this part
+                    sums += counts * torch.stack([part.total.detach(), part.ce, part.penalty])
                 hidden.backward(rows.grad)
             ranks.add_up([sums, *ranks.gradients(model)])
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+            norm = ranks.clip(model, args.clip or math.inf)
             loss_sum, ce, penalty = sums.tolist()
             numbers = {"loss": loss_sum, "ce": ce, "penalty": penalty, "grad_norm": float(norm)}
             taken = all(map(math.isfinite, numbers.values()))
@@ -144,7 +143,7 @@ def train(args, model, plan: list, valid: list[Example], loss: Callable, pad_id:
             if step % args.save_every == 0 or step == len(plan) or bad == BAD_STEPS or stopping:
                 if not ranks.rank():
                     os.fsync(log.fileno())  # the log may be ahead of the state, never behind
-                    save_state(folder, model, optimiser, schedule, step)
+                save_state(folder, model, optimiser, schedule, step)
                 ranks.wait()
             if bad == BAD_STEPS:
                 raise Fault(f"{folder}: stopped after {bad} steps that were not finite; try a lower --lr")
@@ -157,15 +156,15 @@ def train(args, model, plan: list, valid: list[Example], loss: Callable, pad_id:
 def evaluate(model, examples: list[Example], loss: Callable[..., Loss], pad_id: int, args) -> dict:
     """Return mean CE a token and RMSE on held-out examples, on their CoTs as given."""
     model.eval()
-    order, sums = ranks.share(sorted(examples, key=lambda e: len(e.ids))), torch.zeros(2, device=device())
+    order, sums = sorted(examples, key=lambda e: len(e.ids)), torch.zeros(2, device=device())
     n_tokens = sum(e.supervised for e in examples)
     usual = {"score_ce": "token", "penalty": "squared", "ce_sum": False}  # so that runs compare
     loss = partial(loss, **usual, n_tokens=n_tokens, n_sequences=len(examples))
-    for i in range(0, len(order), args.batch_size):
-        batch = collate(order[i : i + args.batch_size], pad_id)
+    for some, counts in ranks.micro_batches(order, args.batch_size):
+        batch = collate(some, pad_id)
         rows = supervised_rows(model, batch, args.bf16)
         for part in loss_in_parts(model, rows, batch, loss, args.bf16):
-            sums += torch.stack([part.ce, part.penalty])
+            sums += counts * torch.stack([part.ce, part.penalty])
     ranks.add_up([sums])
     model.train()
     return {"n": len(examples), "ce": float(sums[0]), "rmse": float(sums[1].sqrt())}
@@ -174,8 +173,11 @@ def evaluate(model, examples: list[Example], loss: Callable[..., Loss], pad_id: 
 def make_optimiser(model, args, steps: int):
     """Make AdamW and its schedule: a linear warm-up over the share --warmup of steps, then a cosine to 0."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay}]
-    groups += [{"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]  # norms and biases
+    kinds = {}  # weight matrices apart from norms and biases, and what FSDP spreads apart from the rest
+    for p in trained:
+        kinds.setdefault((p.ndim >= 2, ranks.is_spread(p)), []).append(p)
+    decay = args.weight_decay
+    groups = [{"params": of, "weight_decay": decay * matrix} for (matrix, _), of in kinds.items()]
     # fused: one pass over the weights, and on a GPU no second copy of them
     optimiser = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
     return optimiser, get_cosine_schedule_with_warmup(optimiser, round(args.warmup * steps), steps)
@@ -186,7 +188,9 @@ def save_state(folder: Path, model, optimiser, schedule, step: int) -> None:
     state = {"step": step, "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
     state |= {"weights": {name: p for name, p in model.named_parameters() if p.requires_grad}}
     state |= {"random": torch.get_rng_state(), "random_on_gpus": torch.cuda.get_rng_state_all()}
-    runs.write_whole(folder / "state.pt", partial(torch.save, state))
+    state = ranks.together(state)
+    if not ranks.rank():
+        runs.write_whole(folder / "state.pt", partial(torch.save, state))
 
 
 def load_state(folder: Path, model, optimiser, schedule) -> int:
@@ -197,7 +201,12 @@ def load_state(folder: Path, model, optimiser, schedule) -> int:
             log.unlink(missing_ok=True)
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["weights"], strict=False)
+    weights = dict(model.named_parameters())
+    saved = {name: ranks.spread_like(weights[name], x) for name, x in state["weights"].items()}
+    model.load_state_dict(saved, strict=False)
+    trained = [p for group in optimiser.param_groups for p in group["params"]]
+    for i, moments in state["optimiser"]["state"].items():
+        moments |= {name: ranks.spread_like(trained[i], x) for name, x in moments.items()}
     optimiser.load_state_dict(state["optimiser"])
     schedule.load_state_dict(state["schedule"])
     torch.set_rng_state(state["random"])
@@ -216,6 +225,8 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     started = time.time()
     ranks.join()
     runs.check_out(args)
+    if args.fsdp and (args.lora or not ranks.launched()):
+        raise InputError("--fsdp: spreads all weights (--full) over the processes that torchrun starts")
     tokenizer = models.load_tokenizer(args.model)
     _, score_ids = score_tokens(tokenizer, args.grid)
     how = (args, need, cots_of, tokenizer, score_ids)
@@ -234,14 +245,18 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     ranks.wait()
     torch.manual_seed(args.seed)
     model = models.load_for_training(args.model, args.lora, args.gradient_checkpointing, args.bf16)
+    if args.fsdp:
+        ranks.spread(model)
+    models.print_memory(model)
     choices = {name: getattr(args, name) for name in ("lam", "penalty", "ce_weight", "score_ce", "ce_sum")}
     loss = partial(cot_raft_loss, **models.score_tensors(score_ids, args.grid), **choices)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     try:
         speed = train(args, model, plan, held_out, loss, pad_id, part)
+        weights = ranks.together(model.state_dict()) if args.fsdp else None
         if ranks.rank():
             return
-        model.save_pretrained(part)
+        model.save_pretrained(part, state_dict=weights)
         tokenizer.save_pretrained(part)
     except torch.OutOfMemoryError:
         raise Fault(f"{part}: out of memory; lower --batch-size or --max-length, or use --lora") from None
@@ -324,6 +339,7 @@ def make_parser(description: str, stage: int) -> argparse.ArgumentParser:
     add("--warmup", type=SHARE, help="share of the steps with rising learning rate; a cosine follows")
     add("--weight-decay", type=WEIGHT, help="of weight matrices")
     add("--clip", type=WEIGHT, default=1.0, help="largest norm of the gradient; 0: any")
+    add("--fsdp", action="store_true", help="under torchrun: spread weights, gradients and AdamW (--full)")
     recompute = {"action": argparse.BooleanOptionalAction, "default": not embedded}
     add("--gradient-checkpointing", **recompute, help="recompute activations: slower, far less memory")
     add("--save-every", type=COUNT, default=200, help="steps after which the state is saved, to go on from")

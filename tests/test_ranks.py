@@ -1,5 +1,7 @@
 """Training under torchrun: what one process would have, whatever the number of processes."""
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -8,39 +10,69 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, run
 from safetensors.torch import load_file
 
+import ranks
 
-def torchrun(ranks: int, *options) -> subprocess.Popen:
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        ranks,
-        "--master-port",
-        29500 + os.getpid() % 1000,
-    ]
-    command = [sys.executable, *launch, ROOT / "stage1_train.py", *options]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+MODEL_CODE = "transformers.models.mistral.modeling_mistral"
+AS_TORCHRUN = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "CUDA_VISIBLE_DEVICES": ""}
+CASES = {  # options → how many ranks begin, how many go on, whether head and embeddings are tied
+    "--lora --batch-size 1 --accumulation 8": (2, 1, False),
+    "--gradient-checkpointing --batch-size 4 --accumulation 2": (3, 2, True),
+    "--fsdp --batch-size 2 --accumulation 4": (2, 3, False),
+    "--fsdp --gradient-checkpointing --batch-size 8 --accumulation 1": (3, 1, True),
+}
 
 
-CASES = [
-    (2, "--lora --batch-size 1 --accumulation 8"),
-    (3, "--gradient-checkpointing --batch-size 4 --accumulation 2"),
-]
+def work(rank: int, environment: dict, stop: bool, options: list[str], log: str) -> None:
+    """Be one rank; at its fourth step the last one is asked to stop."""
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    clip, calls = ranks.clip, []
+
+    def stopping(*args):
+        calls.append(1)
+        if stop and len(calls) == 4 and rank == int(environment["WORLD_SIZE"]) - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return clip(*args)
+
+    ranks.clip = stopping
+    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        run("stage1_train", *options)
 
 
-@pytest.mark.parametrize("ranks, options", CASES)
-def test_ranks_give_what_one_process_gives(ranks, options, lab):
-    """Ten steps of 8 examples of unequal lengths, the last of an epoch of 1: the others have no work."""
+def start(n: int, options: list[str], log: Path, stop: bool = False) -> list[int]:
+    """Run n ranks as torchrun starts them, without its three imports of torch; returns their exit codes."""
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(["stage1_train", "peft", "torch.distributed.fsdp", MODEL_CODE])
+    environment = AS_TORCHRUN | {"WORLD_SIZE": str(n), "MASTER_PORT": str(20000 + time.time_ns() % 9999)}
+    how = (environment, stop, list(map(str, options)), str(log))
+    processes = [fork.Process(target=work, args=(rank, *how)) for rank in range(n)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.parametrize("options", CASES)
+def test_ranks_give_what_one_process_gives(options, lab, tiny_tokenizer):
+    """Ten steps of 8 examples of unequal lengths, the last of an epoch of 1: the others have no work.
+
+    After the fourth, one rank is asked to stop: all do, and another number of them goes on.
+    """
+    begin, go_on, tied = CASES[options]
+    model = lab.checkpoint(tiny_tokenizer, tie_word_embeddings=tied)
     data, few = lab.write("train.jsonl", lab.rows[:33]), lab.write("few.jsonl", lab.rows[40:45])
-    how = ["--data", data, "--valid", few, "--epochs", 2, "--lr", 1e-4, *options.split()]
-    lab.run("stage1_train", *how, "--out", lab.path / "one")
-    process = torchrun(ranks, *how, "--out", lab.path / "many")
-    said = process.communicate(timeout=100)[0]
-    assert process.returncode == 0 and said.count("stage 1 done") == 1, said
+    how = ["--model", model, "--data", data, "--valid", few, "--epochs", 2, "--lr", 1e-4, "--clip", 3]
+    how += ["--warmup", 0, *options.split()]
+    lab.run("stage1_train", *(word for word in how if word != "--fsdp"), "--out", lab.path / "one")
+    how, said = [*how, "--out", lab.path / "many"], lab.path / "said"
+    assert start(begin, how, said, stop=True) == [130] * begin, said.read_text()
+    assert start(go_on, how, said) == [0] * go_on, said.read_text()
+    assert said.read_text().count("going on after step 4") == said.read_text().count("stage 1 done") == 1
     one, many = lab.read("one/log.jsonl"), lab.read("many/log.jsonl")
     assert len(one) == len(many) == 10
     for a, b in zip(one, many, strict=True):
@@ -48,13 +80,31 @@ def test_ranks_give_what_one_process_gives(ranks, options, lab):
         assert a == pytest.approx(b, rel=1e-5)
     name = "adapter_model.safetensors" if "lora" in options else "model.safetensors"
     weights, other = load_file(lab.path / "one" / name), load_file(lab.path / "many" / name)
+    assert weights.keys() == other.keys()
     assert all(abs(weights[key] - other[key]).max() < 1e-5 for key in weights)
+
+
+def test_fsdp_spreads_all_weights_over_processes(lab):
+    for option in ("--full", "--lora"):  # in one process, and with adapters
+        said = lab.fail("stage1_train", "--fsdp", option, "--out", lab.path / "out")
+        assert said[0] == 2 and "over the processes that torchrun starts" in said[1]
 
 
 def test_when_a_rank_is_killed_all_end_and_the_state_goes_on(lab, capsys):
     """Go on in one process: how many there are is no setting of a run."""
     how = ["--data", lab.write("train.jsonl", lab.rows[:32]), "--epochs", 25, "--lr", 1e-5, "--save-every", 2]
-    process = torchrun(2, *how, "--out", lab.path / "many")
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        2,
+        "--master-port",
+        29500 + os.getpid() % 999,
+    ]
+    command = [sys.executable, *launch, ROOT / "stage1_train.py", *how, "--out", lab.path / "many"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(list(map(str, command)), env=environment, **pipes)
     log, deadline = lab.path / "many.part/log.jsonl", time.time() + 60
     while time.time() < deadline and not (log.is_file() and log.read_text().count("\n") > 5):
         time.sleep(0.01)
