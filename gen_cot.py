@@ -208,9 +208,13 @@ def process_file(args, need: tuple[str, ...], texts_of: Callable, answer: Callab
     if writes and runs.read_json(Path(args.model) / "run.json").get("arguments", {}).get("no_cot"):
         raise InputError(f"{args.model}: was trained without CoTs, writes none; use predict.py --no-cot")
     records = read_records(args.data, args.grid, need)
-    judge = load_judge(
-        args.model, args.grid, args.bf16, dict(args.engine_args) if args.engine == "vllm" else None
-    )
+    if args.shard:  # one after another, so that `cat` leaves them in order
+        i, n = args.shard
+        records = records[len(records) * (i - 1) // n : len(records) * i // n]
+        if not records:
+            raise InputError(f"--shard {i}/{n}: there are fewer records than shares; make fewer")
+    vllm = dict(args.engine_args) if args.engine == "vllm" else None
+    judge = load_judge(args.model, args.grid, args.bf16, vllm)
     bar = tqdm(records, desc="tokenise", unit="record", delay=5, leave=False)
     texts = {r["id"]: texts_of(judge, r) for r in bar}
     length = {id: max(map(len, ids)) for id, ids in texts.items()}
@@ -219,11 +223,6 @@ def process_file(args, need: tuple[str, ...], texts_of: Callable, answer: Callab
     fitting = [r for r in records if length[r["id"]] <= longest]
     if not fitting:
         raise InputError(f"{args.data}: all {len(records)} records are longer than {longest} tokens")
-    if args.shard:  # one after another, so that `cat` leaves them in order
-        i, n = args.shard
-        fitting = fitting[len(fitting) * (i - 1) // n : len(fitting) * i // n]
-        if not fitting:
-            raise InputError(f"--shard {i}/{n}: there are fewer records than shares; make fewer")
 
     part, settings, _lock = runs.begin(args)  # held until the end
     lines, done = part / "records.jsonl", {}  # done: id → line
@@ -299,9 +298,7 @@ def make_parser(description: str, model: str, data: str, out: str) -> argparse.A
     add("--repetition-penalty", type=runs.number(float, 1e-6), default=1.03, help="1 is none")
     add("--batch-size", type=COUNT, default=32, help="sequences at a time; halved when memory runs out")
     add = parser.add_argument_group("many records (docs/scale.md)").add_argument
-    add(
-        "--shard", type=part, metavar="I/N", help="take the I-th of N shares of the records; `cat` joins them"
-    )
+    add("--shard", type=part, metavar="I/N", help="take the I-th of N shares of the records; cat joins them")
     add("--engine", choices=("torch", "vllm"), default="torch", help="vllm: see vllm_engine.py")
     add("--engine-args", nargs="+", type=option, default=[], metavar="KEY=VALUE", help="for vLLM's LLM(...)")
     runs.add_common_arguments(parser, models.has_bf16())

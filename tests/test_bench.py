@@ -156,8 +156,10 @@ def test_estimated_memory_is_what_is_measured(run_script, capsys):
     for case in ((None, False, True), (None, True, False), (8, False, True), (8, False, False)):
         case = (config, case[0], (2, 96, 32), *case[1:])
         assert sum(memory.estimate(*case).values()) == pytest.approx(memory.measure(*case), rel=0.04), case
-    run_script("memory", "--fit")
-    assert capsys.readouterr().out in (ROOT / "docs/speed.md").read_text("utf-8")
+    for script, page in (("memory", "speed"), ("cost", "scale")):
+        run_script(script, *["--fit"] * (script == "memory"))
+        tables = capsys.readouterr().out.split("\n\n")
+        assert all(table in (ROOT / f"docs/{page}.md").read_text("utf-8") for table in tables)
 
 
 def test_the_ridge_regression_sees_how_far_words_overlap():

