@@ -54,7 +54,10 @@ def start(n: int, options: list[str], log: Path, stop: bool = False) -> list[int
         process.start()
     for process in processes:
         process.join(100)
-    return [process.exitcode for process in processes]
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()  # who waits for another in vain
+    return codes
 
 
 @pytest.mark.parametrize("options", CASES)
@@ -84,10 +87,12 @@ def test_ranks_give_what_one_process_gives(options, lab, tiny_tokenizer):
     assert all(abs(weights[key] - other[key]).max() < 1e-5 for key in weights)
 
 
-def test_fsdp_spreads_all_weights_over_processes(lab):
-    for option in ("--full", "--lora"):  # in one process, and with adapters
-        said = lab.fail("stage1_train", "--fsdp", option, "--out", lab.path / "out")
-        assert said[0] == 2 and "over the processes that torchrun starts" in said[1]
+def test_fsdp_is_for_all_weights_and_several_processes(lab):
+    out, message = ["--out", lab.path / "out"], "spreads all weights (--full) over the processes"
+    code, said = lab.fail("stage1_train", "--fsdp", *out)
+    assert code == 2 and message in said
+    assert start(2, ["--fsdp", "--lora", *out], lab.path / "said") == [2, 2]
+    assert message in (lab.path / "said").read_text()
 
 
 def test_when_a_rank_is_killed_all_end_and_the_state_goes_on(lab, capsys):
