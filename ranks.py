@@ -67,8 +67,10 @@ def together(state):
     """Return a state, of nested dicts, with what is spread put together, on the CPU of rank 0."""
     if isinstance(state, dict):
         return {name: together(x) for name, x in state.items()}
-    whole = state.full_tensor() if is_spread(state) else state
-    return (whole.cpu() if rank() == 0 else None) if is_spread(state) else state
+    if not is_spread(state):
+        return state
+    whole = state.full_tensor()  # for which every rank is needed
+    return None if rank() else whole.cpu()
 
 
 def spread_like(other: Tensor, whole: Tensor) -> Tensor:
