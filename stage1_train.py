@@ -111,6 +111,7 @@ def train(args, model, plan: list, valid: list[Example], loss: Callable, pad_id:
             n_tokens = sum(e.supervised - (args.score_ce == "none") for e in window)
             loss_of_step = partial(loss, n_tokens=n_tokens, n_sequences=len(window))
             sums = torch.zeros(3, device=device())  # loss, CE, penalty
+            # A micro-batch that does not count only keeps one rank in step with the others
             for examples, counts in ranks.micro_batches(window, args.batch_size):
                 batch = collate(examples, pad_id)
                 hidden = supervised_rows(model, batch, args.bf16)  # (R, D): forward, but for the head

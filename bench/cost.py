@@ -12,11 +12,10 @@ import statistics
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
-from memory import SHAPES, estimate
+from memory import SHAPES, estimate, random_step
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,9 +23,6 @@ import gen_cot
 import models
 import runs
 import stage1_train
-from encode import Example
-from loss import cot_raft_loss
-from records import Grid
 from results.tables import table
 
 PROMPT, COT, EPOCHS = 1200, 130, 2  # tokens, tokens, passes over the data in each stage
@@ -58,10 +54,10 @@ def reading(config, tokens: int, heads: int) -> float:
 
 
 def training(config, lora: bool, checkpointing: bool, prompt: int = PROMPT, cot: int = COT) -> float:
-    """Return the FLOPs of a sequence.
+    """Return the FLOPs of training on a sequence, counted in forward passes.
 
-    As many passes: forward, back through what flows, back to the weights (with LoRA: next to none), and one
-    more where activations are recomputed.
+    The forward pass itself; one for the gradients of the activations; one for those of the weights, next to
+    none with LoRA; one more where activations are recomputed.
     """
     return (2 + (not lora) + checkpointing) * reading(config, prompt + cot, cot)
 
@@ -142,14 +138,11 @@ def time_training(config, lora: int | None, prompt: int, cot: int) -> float:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(models.device())
     model = models.add_lora(model, lora) if lora else model
-    args = stage1_train.make_parser("", stage=1).parse_args(["--batch-size=4", "--fp32"])
-    ids = torch.randint(10, config.vocab_size, (4, prompt + cot)).tolist()
-    window = [Example("random", row, prompt, prompt + cot - 2, 3.67) for row in ids]
-    loss, seconds = partial(cot_raft_loss, **models.score_tensors([3, 4, 5, 6, 7], Grid())), []
+    (args, window, loss), seconds = random_step(config, (4, prompt + cot, cot), bf16=False), []
     for _ in range(3):
         started = time.time()
         with tempfile.TemporaryDirectory() as folder:
-            stage1_train.train(args, model.train(), [window], [], loss, 0, Path(folder))
+            stage1_train.train(args, model.train(), [window[:4]], [], loss, 0, Path(folder))
         seconds.append(time.time() - started)
     return statistics.median(seconds)
 

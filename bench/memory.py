@@ -90,21 +90,26 @@ def peak_of(run) -> int:
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-def measure(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, checkpointing: bool) -> int:
-    """Return the measured bytes at the peak of two steps of two such batches in stage 1's loop."""
+def random_step(config, batch: tuple[int, int, int], bf16: bool) -> tuple:
+    """Return what stage 1's loop takes for a step of two such random batches: args, window, loss."""
     sequences, length, supervised = batch
     options = [f"--batch-size={sequences}", "--bf16" if bf16 else "--fp32"]
     args = stage1_train.make_parser("", stage=1).parse_args(options)
     ids = torch.randint(10, config.vocab_size, (2 * sequences, length)).tolist()
-    plan = [[Example("random", row, length - supervised, length - 2, 3.67) for row in ids]] * 2
-    loss = partial(cot_raft_loss, **models.score_tensors([3, 4, 5, 6, 7], Grid()))
+    window = [Example("random", row, length - supervised, length - 2, 3.67) for row in ids]
+    return args, window, partial(cot_raft_loss, **models.score_tensors([3, 4, 5, 6, 7], Grid()))
+
+
+def measure(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, checkpointing: bool) -> int:
+    """Return the measured bytes at the peak of two steps of two such batches in stage 1's loop."""
+    args, window, loss = random_step(config, batch, bf16)
 
     def load(name: str, dtype: torch.dtype, trainable: bool):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).to(models.device())
 
     def run() -> None:
         model = models.load_for_training("random", lora, checkpointing, bf16)
-        stage1_train.train(args, model, plan, [], loss, 0, Path(folder))
+        stage1_train.train(args, model, [window] * 2, [], loss, 0, Path(folder))
 
     fake = patch.object(models, "load_model", load)
     with fake, tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):

@@ -56,7 +56,7 @@ def start(n: int, options: list[str], log: Path, stop: bool = False) -> list[int
         process.join(100)
     codes = [process.exitcode for process in processes]
     for process in processes:
-        process.kill()  # who waits for another in vain
+        process.kill()  # some may still wait for one that has ended
     return codes
 
 
