@@ -210,23 +210,37 @@ class Reading(NamedTuple):  # what a file of predictions says when read in one w
     right: np.ndarray  # whether that one is the true score, or its share in it
 
 
-def readings(path: str) -> tuple[dict[str, Reading], np.ndarray]:
-    """Return the readings of a file of predictions, of the first CoT and as NAME@5 of all, and the truth."""
+def packed(folder: str) -> dict[str, np.ndarray]:
+    """Return what FOLDER.npz keeps of a seed, by `real.pack`: predictions by name, true scores, grid."""
+    path = Path(f"{folder}.npz")
+    return dict(np.load(path)) if path.is_file() else {}
+
+
+def predictions(folder: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the probabilities (n, CoTs, S) that NAME predicts, the true scores (n,) and the grid (S,)."""
+    if name in (kept := packed(folder)):
+        return kept[name].astype(float), kept["true"], kept["grid"]
+    path = f"{folder}/{name}.jsonl"
     grid = Grid.parse(runs.read_json(Path(path).with_suffix(".run.json"))["arguments"]["grid"])
-    rows, values = read_records(path, grid, ("id", "score", "finished", "score_probs")), np.array(grid.values)
-    true, probs = np.array([row["score"] for row in rows], float), np.array([r["score_probs"] for r in rows])
-    share, n = two_hot(torch.tensor(true), torch.tensor(values)).numpy(), probs.shape[1]  # (records, S)
+    rows = read_records(path, grid, ("id", "score", "finished", "score_probs"))
+    true, probs = ([row[key] for row in rows] for key in ("score", "score_probs"))
+    return np.array(probs), np.array(true, float), np.array(grid.values)
+
+
+def readings(probs: np.ndarray, true: np.ndarray, values: np.ndarray) -> dict[str, Reading]:
+    """Return the readings of `predictions`, of the first CoT and as NAME@5 of all."""
+    share, n = two_hot(torch.tensor(true), torch.tensor(values)).numpy(), probs.shape[1]  # (n, S), CoTs
     found = {}
     for cots, at in {1: "", n: f"@{n}" if n > 1 else ""}.items():
         first = probs[:, :cots]  # (records, CoTs, S)
         for name, each in (("rail", first), ("renormalised", first / first.sum(-1, keepdims=True))):
             p = each.mean(1)  # (records, S)
             log_score = (np.log(p.clip(1e-7)) * share).sum(1)
-            right = share[np.arange(len(rows)), p.argmax(1)]
+            right = share[np.arange(len(true)), p.argmax(1)]
             found[name + at] = Reading(p @ values, log_score, p.max(1), right)
         decoded = values[first.argmax(-1)].mean(1)  # of the same distribution
         found["decoded" + at] = found["renormalised" + at]._replace(predictions=decoded)
-    return found, true
+    return found
 
 
 def metrics_of(read: Reading, true: np.ndarray) -> dict[str, np.ndarray]:
@@ -264,13 +278,14 @@ def summarise(folders: list[str], tests: dict[str, Iterable[str]], split: str) -
     true, samples, cells = {}, {}, []
     for row in tqdm(tests, desc="bootstrap", unit="row", dynamic_ncols=True):
         for test in tests[row]:
-            files = [readings(f"{folder}/{row}.{test}.jsonl") for folder in folders]
+            files = [predictions(folder, f"{row}.{test}") for folder in folders]
             records = ("test_ood" if test == "test_ood" else split) + "_real" * is_real(row)
             y = true.setdefault(records, files[0][1])
-            if not all(np.array_equal(scores, y) for _, scores in files):
+            if not all(np.array_equal(scores, y) for _, scores, _ in files):
                 raise InputError(f"{row}: not tested on the records that others were; remove what is older")
-            for reading in files[0][0]:
-                both = Reading(*map(np.stack, zip(*(of_seed[reading] for of_seed, _ in files), strict=True)))
+            seeds = [readings(*of_seed) for of_seed in files]
+            for reading in seeds[0]:
+                both = Reading(*map(np.stack, zip(*(of_seed[reading] for of_seed in seeds), strict=True)))
                 samples[row, test, reading] = bootstrap(both, y)
                 cells.append({"row": row, "test": test, "reading": reading})
                 for name, values in metrics_of(both, y).items():
@@ -284,7 +299,8 @@ def summarise(folders: list[str], tests: dict[str, Iterable[str]], split: str) -
         if other in samples and other != one:
             apart = {name: interval(x - samples[other][name]) for name, x in samples[one].items()}
             cell |= {"difference": apart, "reference": other[0]}
-    return {"records": {name: len(y) for name, y in true.items()}, "cells": cells}
+    report = {"split": split, "resamples": RESAMPLES, "records": {name: len(y) for name, y in true.items()}}
+    return report | {"cells": cells}
 
 
 def make_parser(description: str, groups: dict[str, list[str]], rows: list[str], out: str):
@@ -300,17 +316,18 @@ def make_parser(description: str, groups: dict[str, list[str]], rows: list[str],
     return parser
 
 
-def measure(args, tests: dict[str, dict[str, str]], setup: Setup) -> dict:
-    """Run all that the rows need, and return what comes out; with --show, print it and end."""
+def predict(args, tests: dict[str, dict[str, str]], setup: Setup) -> list[str]:
+    """Run all that the rows need, and return the folder of each seed; with --show, print it and end."""
     folders, commands = [f"{args.out}/seed{seed}" for seed in args.seeds], {}
     for seed, folder in zip(args.seeds, folders, strict=True):
-        commands |= commands_of(folder, seed, tests, setup)
+        kept = packed(folder)
+        left = {row: {t: of[t] for t in of if f"{row}.{t}" not in kept} for row, of in tests.items()}
+        commands |= commands_of(folder, seed, left, setup)
     if args.show:
         print("\n".join(commands.values()))
         raise SystemExit
     run_all(commands, args.jobs)
-    report = {"seeds": args.seeds, "split": args.split, "resamples": RESAMPLES}
-    return report | summarise(folders, tests, args.split)
+    return folders
 
 
 def main() -> None:
@@ -318,7 +335,8 @@ def main() -> None:
     settings = runs.read_json(SETTINGS)
     os.chdir(ROOT)
     tests = {name: tests_of(name, args.split) for row in args.rows for name in GROUPS.get(row, [row])}
-    report = {"settings": settings} | measure(args, tests, setup_of(settings))
+    report = {"settings": settings, "seeds": args.seeds}
+    report |= summarise(predict(args, tests, setup_of(settings)), tests, args.split)
     report["ideal"] = {
         of: ideal.metrics(f"data/tiny/{of}.jsonl", real="real" in of) for of in report["records"]
     }

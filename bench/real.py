@@ -7,6 +7,7 @@
 The chains of commands are those of bench/ablations.py, with model, records and settings of the task
 (results/real/settings.json). Beside the rows stand a ridge regression on words and, where records have the
 ratings of several people, one of them against the mean of the others. Interrupted, the same command goes on.
+What a seed predicts is kept in seedN.npz, some 100 KB: what is in there is not run again, on any machine.
 """
 
 import json
@@ -38,12 +39,12 @@ def tests_of(row: str, split: str, data: str) -> dict[str, str]:
     """Return what a row is tested on, each with the command that predicts it."""
     predict = f"predict.py --model @{row.removesuffix('-no-cot') if row == 'seed-no-cot' else row} --data"
     how = "--no-cot" if row in (*WITHOUT_COT, "seed-no-cot") else ""
-    many = "--num-cots 5" if row in ("seed", "a1", "tract") else how
+    many = "--num-cots 5" if row in ("a1", "tract") else how
     tests = {split: f"{predict} {data}/{split}.jsonl {many}"}
-    if row in ("a1", "tract"):  # the argument for stage 2: the same judges on the annotated CoTs
-        tests["annotated"] = f"{predict} {data}/{split}.jsonl --given cot"
-    if row == "tract":  # and p_tract on those of p_s
-        tests["p_s"] = f"{predict} @a1.{split}.jsonl --given cots"
+    if row in ("a1", "tract") and split == "test":  # the argument for stage 2: on the annotated CoTs
+        tests["annotated"] = f"{predict} {data}/test.jsonl --given cot"
+    if row == "tract" and split == "test":  # and p_tract on those of p_s
+        tests["p_s"] = f"{predict} @a1.test.jsonl --given cots"
     return tests
 
 
@@ -51,6 +52,15 @@ def setup_of(settings: dict, data: str) -> Setup:
     given = {"seed": "out/real/smollm2", "train.jsonl": f"{data}/train.jsonl"}
     grid = f"--grid {settings['grid']}"
     return Setup(given, f"{grid} {settings['train']}", f"{grid} {settings['judge']}")
+
+
+def pack(folder: str, names: list[str]) -> None:
+    """Keep what these files of FOLDER predict in FOLDER.npz, in half precision, with all it kept before."""
+    kept = ablations.packed(folder)
+    for name in names:
+        probs, kept["true"], kept["grid"] = ablations.predictions(folder, name)
+        kept[name] = probs.astype(np.float16)
+    runs.write_whole(f"{folder}.npz", lambda out: np.savez_compressed(out, **kept))
 
 
 def features(pairs: list[list[str]]) -> np.ndarray:
@@ -107,7 +117,12 @@ def main() -> None:
     rows = [name for row in args.rows for name in {"often": OFTEN}.get(row, [row])]
     args.out = Path(data)
     tests = {row: tests_of(row, args.split, data) for row in rows}
-    report = {"task": args.task, "settings": own} | ablations.measure(args, tests, setup_of(own, data))
+    folders = ablations.predict(args, tests, setup_of(own, data))
+    if args.split == "test":
+        for folder in folders:
+            pack(folder, [f"{row}.{test}" for row in tests for test in tests[row]])
+    report = {"task": args.task, "settings": own, "seeds": args.seeds}
+    report |= ablations.summarise(folders, tests, args.split)
     grid = Grid.parse(own["grid"])
     records = [
         read_records(f"{data}/{name}.jsonl", grid, ("score", "texts")) for name in ("train", args.split)

@@ -101,6 +101,23 @@ def test_rows_are_summed_up(tmp_path, lab):
         ablations.summarise(*arguments)
 
 
+def test_what_is_packed_needs_no_file(tmp_path, lab):
+    row = {"prompt": "x", "score": 4.5, "finished": [True] * 2, "score_probs": [[0.125, 0.75], [0.5, 0.5]]}
+    (tmp_path / "seed1").mkdir()
+    for name in ("tract.test", "ce.test"):
+        path = lab.write(f"seed1/{name}.jsonl", [row])
+        path.with_suffix(".run.json").write_text('{"arguments": {"grid": "1,5"}}')
+        real.pack(f"{tmp_path}/seed1", [name])
+        path.unlink()
+    for name in ("tract.test", "ce.test"):
+        found = [values.tolist() for values in ablations.predictions(f"{tmp_path}/seed1", name)]
+        assert found == [[row["score_probs"]], [4.5], [1, 5]]
+    tests = {"tract": {"test": "predict.py --model @tract"}, "ce": {"test": "predict.py --model @ce"}}
+    args = argparse.Namespace(out=tmp_path, seeds=[1], show=False, jobs=1)
+    folders = ablations.predict(args, tests, ablations.setup_of(SETTINGS))
+    assert folders == [f"{tmp_path}/seed1"] and not [*tmp_path.glob("seed1/*.log")]  # nothing was run
+
+
 def test_bootstrap_resamples_seeds_and_records():
     true, noise = np.random.default_rng(0).normal(size=(2, 400))
 
@@ -123,7 +140,8 @@ def test_log_score_and_calibration_of_a_score_between_two_tokens(tmp_path, lab):
     rows = [{"prompt": "x", "score": 4, "finished": [True], "score_probs": [[0.2, 0.6]]}] * 2
     lab.write("p.jsonl", rows)
     (tmp_path / "p.run.json").write_text('{"arguments": {"grid": "1,5"}}')
-    found, true = ablations.readings(f"{tmp_path}/p.jsonl")
+    probs, true, values = ablations.predictions(str(tmp_path), "p")
+    found = ablations.readings(probs, true, values)
     assert [*true] == [4, 4] and [*found["rail"].predictions] == pytest.approx([3.2, 3.2])
     assert [*found["rail"].log_score] == pytest.approx([math.log(0.2) / 4 + math.log(0.6) * 3 / 4] * 2)
     assert [*found["renormalised"].confidence] == pytest.approx([0.75, 0.75])
