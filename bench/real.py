@@ -17,11 +17,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ablations
 from ablations import STEPS, WITHOUT_COT, Setup
 
+import models
 import runs
 from eval import METRICS, one_rater
 from records import ROOT, Grid, read_records
@@ -48,10 +50,17 @@ def tests_of(row: str, split: str, data: str) -> dict[str, str]:
     return tests
 
 
+def fast_precision() -> str:
+    """Return what this machine computes fast in: bf16 where GPU or CPU has instructions for it."""
+    has = torch.cpu.get_capabilities()
+    fast = models.has_bf16() or has.get("avx512_bf16") or has.get("amx_bf16")
+    return "--bf16" if fast else "--fp32"
+
+
 def setup_of(settings: dict, data: str) -> Setup:
     given = {"seed": "out/real/smollm2", "train.jsonl": f"{data}/train.jsonl"}
-    grid = f"--grid {settings['grid']}"
-    return Setup(given, f"{grid} {settings['train']}", f"{grid} {settings['judge']}")
+    common = f"--grid {settings['grid']} {fast_precision()}"
+    return Setup(given, f"{common} {settings['train']}", f"{common} {settings['judge']}")
 
 
 def pack(folder: str, names: list[str]) -> None:
@@ -121,7 +130,7 @@ def main() -> None:
     if args.split == "test":
         for folder in folders:
             pack(folder, [f"{row}.{test}" for row in tests for test in tests[row]])
-    report = {"task": args.task, "settings": own, "seeds": args.seeds}
+    report = {"task": args.task, "settings": own, "precision": fast_precision(), "seeds": args.seeds}
     report |= ablations.summarise(folders, tests, args.split)
     grid = Grid.parse(own["grid"])
     records = [

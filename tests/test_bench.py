@@ -168,6 +168,20 @@ def test_committed_tables_come_from_the_committed_numbers(tmp_path, run_script):
         assert metrics == pytest.approx(report["ideal"]["test"][name])
 
 
+def test_committed_tables_of_people_s_scores_come_from_the_committed_predictions(tmp_path, run_script):
+    committed = real.SETTINGS.parent
+    run_script("results.real.draw", "--out", tmp_path)
+    tables = (tmp_path / "tables.md").read_text("utf-8")
+    assert tables == (committed / "tables.md").read_text("utf-8")
+    page = (committed / "README.md").read_text("utf-8")
+    assert all(line in page for line in tables.splitlines() if line.startswith("|"))
+    for cell in json.loads((committed / "ists.json").read_text("utf-8"))["cells"]:
+        kept = ablations.predictions(f"{committed}/ists/pilot", f"{cell['row']}.{cell['test']}")
+        predicted = ablations.readings(*kept)[cell["reading"]].predictions
+        for name in ("pearson", "rmse"):
+            assert METRICS[name](predicted, kept[1]) == pytest.approx(cell[name]["per_seed"][0])
+
+
 def test_estimated_memory_is_what_is_measured(run_script, capsys):
     small = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = MistralConfig(vocab_size=8000, num_key_value_heads=1, **small)

@@ -43,11 +43,13 @@ def tables(report: dict) -> str:
             rows.append([label, f"{r} {within}", rmse, *many, *apart])
     for name, values in report["baselines"].items():
         rows.append([f"*{name}*", f"{values['pearson']:.3f}", f"{values['rmse']:.3f}", "", "", "", ""])
-    n, records = len(report["seeds"]), report["records"][cells.test]
-    text = f"{n} seed{'s' * (n > 1)}, {records} records; mean ± standard deviation over seeds; "
-    text += "95 % intervals over seeds and records.\n\n"
+    seeds, records = len(report["seeds"]), report["records"][cells.test]
+    text = f"{seeds} seeds, mean ± standard deviation" if seeds > 1 else "one seed"
+    text = f"{records} records; {text}; 95 % intervals over seeds and records.\n\n"
     head = ["method, prediction", "r", "RMSE", "r, 5 CoTs", "RMSE, 5 CoTs", "Δr to TRACT", "ΔRMSE to TRACT"]
-    return text + table(head, rows) + "\n" + whose_cots(cells)
+    filled = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    rows = [[row[i] for i in filled] for row in (head, *rows)]
+    return text + table(rows[0], rows[1:]) + "\n" + whose_cots(cells)
 
 
 def draw(reports: dict[str, dict], path: Path) -> None:
@@ -64,12 +66,13 @@ def draw(reports: dict[str, dict], path: Path) -> None:
         lines = [line for line in LINES if (line[1], cells.test, line[2]) in cells.of][::-1]
         for y, (_, row, reading) in enumerate(lines):
             color = "tab:orange" if row == "tract" else "tab:blue"
-            bar(left, y, cells.of[row, cells.test, reading]["pearson"], color)
+            bar(left, y, r := cells.of[row, cells.test, reading]["pearson"], color)
+            left.plot([r["low"], r["high"]], [y, y], color="black", linewidth=0.8)
         left.set_yticks(range(len(lines)), [line[0] for line in lines])
         for (name, values), style in zip(report["baselines"].items(), (":", "--"), strict=False):
             left.axvline(values["pearson"], color="black", linestyle=style, linewidth=1, label=name)
         left.legend(frameon=False, fontsize=8, ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1))
-        left.set_xlabel(f"{TASKS[task]}: Pearson's r (bar: mean, dots: seeds)")
+        left.set_xlabel(f"{TASKS[task]}: Pearson's r (bar: mean, dots: seeds, line: 95 % interval)")
         for label, row, color in (("p_s", "a1", "tab:blue"), ("p_tract", "tract", "tab:orange")):
             points = [cells.of.get((row, test, "rail")) for test in ("annotated", cells.test)]
             if all(points):
