@@ -64,9 +64,9 @@ def setup_of(settings: dict, data: str) -> Setup:
 
 
 def pack(folder: str, names: list[str]) -> None:
-    """Keep what these files of FOLDER predict in FOLDER.npz, in half precision, with all it kept before."""
+    """Add what these files of FOLDER predict to FOLDER.npz, in half precision; what it keeps stays."""
     kept = ablations.packed(folder)
-    for name in names:
+    for name in [name for name in names if name not in kept]:
         probs, kept["true"], kept["grid"] = ablations.predictions(folder, name)
         kept[name] = probs.astype(np.float16)
     runs.write_whole(f"{folder}.npz", lambda out: np.savez_compressed(out, **kept))
