@@ -110,12 +110,13 @@ def tests_of(row: str, split: str) -> dict[str, str]:
     flags = "--no-cot" if row in WITHOUT_COT else ""
     many = "--num-cots 5" if row in MAIN and not flags else flags
     tests = {split: f"{predict} data/tiny/{split}{real}.jsonl {many}"}
-    if split == "test":
-        tests["test_ood"] = f"{predict} data/tiny/test_ood{real}.jsonl {flags}"
+    if split != "test":
+        return tests
+    tests["test_ood"] = f"{predict} data/tiny/test_ood{real}.jsonl {flags}"
     if row in ("a1", "tract"):  # the argument for stage 2: the same judges on the annotated CoTs
-        tests["annotated"] = f"{predict} data/tiny/{split}.jsonl --given cot"
+        tests["annotated"] = f"{predict} data/tiny/test.jsonl --given cot"
     if row == "tract":  # and p_tract on those of p_s
-        tests["p_s"] = f"{predict} @a1.{split}.jsonl --given cots"
+        tests["p_s"] = f"{predict} @a1.test.jsonl --given cots"
     return tests
 
 

@@ -26,7 +26,7 @@ from ablations import STEPS, WITHOUT_COT, Setup
 import models
 import runs
 from eval import METRICS, one_rater
-from records import ROOT, Grid, read_records
+from records import ROOT, Grid, InputError, read_records
 
 SETTINGS = ROOT / "results/real/settings.json"
 STEPS |= {
@@ -63,9 +63,16 @@ def setup_of(settings: dict, data: str) -> Setup:
     return Setup(given, f"{common} {settings['train']}", f"{common} {settings['judge']}")
 
 
-def pack(folder: str, names: list[str]) -> None:
-    """Add what these files of FOLDER predict to FOLDER.npz, in half precision; what it keeps stays."""
+def check_pack(folder: str, settings: dict) -> None:
+    """Refuse a FOLDER.npz that was made with other settings. Raises InputError."""
     kept = ablations.packed(folder)
+    if kept and str(kept["settings"]) != json.dumps(settings):
+        raise InputError(f"{folder}.npz: was made with settings {kept['settings']}; choose another --out")
+
+
+def pack(folder: str, names: list[str], settings: dict) -> None:
+    """Add what these files of FOLDER predict to FOLDER.npz, in half precision; what it keeps stays."""
+    kept = ablations.packed(folder) | {"settings": np.array(json.dumps(settings))}
     for name in [name for name in names if name not in kept]:
         probs, kept["true"], kept["grid"] = ablations.predictions(folder, name)
         kept[name] = probs.astype(np.float16)
@@ -126,10 +133,12 @@ def main() -> None:
     rows = [name for row in args.rows for name in {"often": OFTEN}.get(row, [row])]
     args.out = Path(data)
     tests = {row: tests_of(row, args.split, data) for row in rows}
+    for seed in args.seeds:
+        check_pack(f"{data}/seed{seed}", own)
     folders = ablations.predict(args, tests, setup_of(own, data))
     if args.split == "test":
         for folder in folders:
-            pack(folder, [f"{row}.{test}" for row in tests for test in tests[row]])
+            pack(folder, [f"{row}.{test}" for row in tests for test in tests[row]], own)
     report = {"task": args.task, "settings": own, "precision": fast_precision(), "seeds": args.seeds}
     report |= ablations.summarise(folders, tests, args.split)
     grid = Grid.parse(own["grid"])

@@ -107,13 +107,16 @@ def test_what_is_packed_needs_no_file(tmp_path, lab):
     for name in ("tract.test", "ce.test"):
         path = lab.write(f"seed1/{name}.jsonl", [row])
         path.with_suffix(".run.json").write_text('{"arguments": {"grid": "1,5"}}')
-        real.pack(f"{tmp_path}/seed1", [name])
+        real.pack(f"{tmp_path}/seed1", [name], {"grid": "1,5"})
         path.unlink()
     for name in ("tract.test", "ce.test"):
         found = [values.tolist() for values in ablations.predictions(f"{tmp_path}/seed1", name)]
         assert found == [[row["score_probs"]], [4.5], [1, 5]]
     tests = {"tract": {"test": "predict.py --model @tract"}, "ce": {"test": "predict.py --model @ce"}}
     args = argparse.Namespace(out=tmp_path, seeds=[1], show=False, jobs=1)
+    real.check_pack(f"{tmp_path}/seed1", {"grid": "1,5"})
+    with pytest.raises(ablations.InputError, match="seed1.npz: was made with settings"):
+        real.check_pack(f"{tmp_path}/seed1", {"grid": "1,5", "train": "--epochs 2"})
     folders = ablations.predict(args, tests, ablations.setup_of(SETTINGS))
     assert folders == [f"{tmp_path}/seed1"] and not [*tmp_path.glob("seed1/*.log")]  # nothing was run
 
