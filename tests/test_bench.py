@@ -115,7 +115,7 @@ def test_what_is_packed_needs_no_file(tmp_path, lab):
     tests = {"tract": {"test": "predict.py --model @tract"}, "ce": {"test": "predict.py --model @ce"}}
     args = argparse.Namespace(out=tmp_path, seeds=[1], show=False, jobs=1)
     real.check_pack(f"{tmp_path}/seed1", {"grid": "1,5"})
-    with pytest.raises(ablations.InputError, match="seed1.npz: was made with settings"):
+    with pytest.raises(ablations.InputError, match=r"seed1\.npz: was made with settings"):
         real.check_pack(f"{tmp_path}/seed1", {"grid": "1,5", "train": "--epochs 2"})
     folders = ablations.predict(args, tests, ablations.setup_of(SETTINGS))
     assert folders == [f"{tmp_path}/seed1"] and not [*tmp_path.glob("seed1/*.log")]  # nothing was run
