@@ -110,12 +110,18 @@ def tests_of(row: str, split: str) -> dict[str, str]:
     flags = "--no-cot" if row in WITHOUT_COT else ""
     many = "--num-cots 5" if row in MAIN and not flags else flags
     tests = {split: f"{predict} data/tiny/{split}{real}.jsonl {many}"}
-    if split != "test":
-        return tests
-    tests["test_ood"] = f"{predict} data/tiny/test_ood{real}.jsonl {flags}"
-    if row in ("a1", "tract"):  # the argument for stage 2: the same judges on the annotated CoTs
-        tests["annotated"] = f"{predict} data/tiny/test.jsonl --given cot"
-    if row == "tract":  # and p_tract on those of p_s
+    if split == "test":
+        tests["test_ood"] = f"{predict} data/tiny/test_ood{real}.jsonl {flags}"
+        tests |= whose_cots(row, predict, "data/tiny/test.jsonl")
+    return tests
+
+
+def whose_cots(row: str, predict: str, records: str) -> dict[str, str]:
+    """Return the tests behind the argument for stage 2, of p_s and p_tract on the CoTs of others."""
+    tests = {}
+    if row in ("a1", "tract"):
+        tests["annotated"] = f"{predict} {records} --given cot"
+    if row == "tract":  # on those of p_s
         tests["p_s"] = f"{predict} @a1.test.jsonl --given cots"
     return tests
 

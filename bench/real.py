@@ -43,10 +43,8 @@ def tests_of(row: str, split: str, data: str) -> dict[str, str]:
     how = "--no-cot" if row in (*WITHOUT_COT, "seed-no-cot") else ""
     many = "--num-cots 5" if row in ("a1", "tract") else how
     tests = {split: f"{predict} {data}/{split}.jsonl {many}"}
-    if row in ("a1", "tract") and split == "test":  # the argument for stage 2: on the annotated CoTs
-        tests["annotated"] = f"{predict} {data}/test.jsonl --given cot"
-    if row == "tract" and split == "test":  # and p_tract on those of p_s
-        tests["p_s"] = f"{predict} @a1.test.jsonl --given cots"
+    if split == "test":
+        tests |= ablations.whose_cots(row, predict, f"{data}/test.jsonl")
     return tests
 
 
