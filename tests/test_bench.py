@@ -183,6 +183,17 @@ def test_committed_tables_of_people_s_scores_come_from_the_committed_predictions
         predicted = ablations.readings(*kept)[cell["reading"]].predictions
         for name in ("pearson", "rmse"):
             assert METRICS[name](predicted, kept[1]) == pytest.approx(cell[name]["per_seed"][0])
+    settings = json.loads(real.SETTINGS.read_text("utf-8"))["tasks"]
+    real.check_pack(f"{committed}/ists/pilot", settings["ists"])
+    for task, n in (("ists", 8), ("feedbackqa", 1)):  # what was tried, on validation records
+        kept = ablations.packed(f"{committed}/{task}/tried")
+        own = {name: probs for name, probs in kept.items() if probs.ndim == 3 and "annotated" not in name}
+        assert len(own) == n
+        for name, probs in own.items():
+            read = ablations.readings(probs.astype(float), kept["true"], kept["grid"])
+            how = read.get("rail@5", read["rail"]).predictions
+            r, rmse = (f"{METRICS[metric](how, kept['true']):.3f}" for metric in ("pearson", "rmse"))
+            assert f"| {r.lstrip('0')} | {rmse.lstrip('0')} |" in page, (name, r, rmse)
 
 
 def test_estimated_memory_is_what_is_measured(run_script, capsys):
