@@ -121,6 +121,19 @@ def test_what_is_packed_needs_no_file(tmp_path, lab):
     assert folders == [f"{tmp_path}/seed1"] and not [*tmp_path.glob("seed1/*.log")]  # nothing was run
 
 
+def test_what_is_kept_is_made_again_only_for_what_reads_it(capsys):
+    both = {row: ablations.tests_of(row, "test") for row in ("a1", "tract")}
+    how = "out", 1, both, ablations.setup_of(SETTINGS)
+    names = {f"{row}.{test}" for row in both for test in both[row]}
+    assert "out/a1.test.jsonl" not in ablations.commands_of(*how, names)
+    made = list(ablations.commands_of(*how, names - {"tract.p_s"}))
+    assert made[-1] == "out/tract.p_s.jsonl" and "out/a1.test.jsonl" in made and len(made) == 6
+    alone = {"tract": both["tract"]}
+    with pytest.raises(SystemExit):
+        ablations.predict(argparse.Namespace(out="out", seeds=[1], show=True), alone, how[-1])
+    assert "out/seed1/tract.test.jsonl" in (said := capsys.readouterr().out) and "a1.test" not in said
+
+
 def test_bootstrap_resamples_seeds_and_records():
     true, noise = np.random.default_rng(0).normal(size=(2, 400))
 
