@@ -139,13 +139,13 @@ def reference(row: str) -> str:
 
 class Setup(NamedTuple):  # what the commands of a task have in common
     given: dict[str, str]  # name → path of what is there already, the seed model for one
-    train: str  # options of both training scripts
+    train: dict[str, object]  # options of both training scripts
     judge: str  # options of gen_cot.py and predict.py
+    rows: dict[str, dict[str, object]]  # row → options of both training scripts that are its own
 
 
 def setup_of(settings: dict) -> Setup:
-    train = " ".join(f"--{key} {value}" for key, value in settings["train"].items())
-    return Setup({"seed": "data/tiny/seed"}, train, "--batch-size 64")
+    return Setup({"seed": "data/tiny/seed"}, settings["train"], "--batch-size 64", {})
 
 
 def commands_of(
@@ -168,7 +168,9 @@ def commands_of(
             if "prepare" in script:
                 to, flags = Path(out).parent, ""  # it names its files itself
             elif "train" in script:
-                flags = setup.train if "--model" in own else f"{setup.train} --model @seed"
+                options = setup.train | setup.rows.get(name, {})
+                flags = " ".join(f"--{key} {value}" for key, value in options.items())
+                flags += "" if "--model" in own else " --model @seed"
             words = re.sub(r"@(\S+)", lambda found: make(found[1]), f"{flags} {own}").split()
             commands[out] = " ".join(["python", script, *words, f"--seed {seed} --out {to}"])
         return out

@@ -49,16 +49,17 @@ def tests_of(row: str, split: str, data: str, num_cots: int = 5) -> dict[str, st
 
 
 def fast_precision() -> str:
-    """Return what this machine computes fast in: bf16 where GPU or CPU has instructions for it."""
+    """Return the option for what this machine is fast at: bf16 where GPU or CPU has instructions for it."""
     has = torch.cpu.get_capabilities()
     fast = models.has_bf16() or has.get("avx512_bf16") or has.get("amx_bf16")
-    return "--bf16" if fast else "--fp32"
+    return "bf16" if fast else "fp32"
 
 
 def setup_of(settings: dict, data: str) -> Setup:
     given = {"seed": "out/real/smollm2", "train.jsonl": f"{data}/train.jsonl"}
-    common = f"--grid {settings['grid']} {fast_precision()}"
-    return Setup(given, f"{common} {settings['train']}", f"{common} {settings['judge']}")
+    common = {"grid": settings["grid"], fast_precision(): ""}
+    judge = " ".join(f"--{key} {value}" for key, value in (common | settings["judge"]).items())
+    return Setup(given, common | settings["train"], judge, settings["rows"])
 
 
 def check_pack(folder: str, settings: dict) -> None:

@@ -198,7 +198,7 @@ def test_committed_tables_of_people_s_scores_come_from_the_committed_predictions
             assert METRICS[name](predicted, kept[1]) == pytest.approx(cell[name]["per_seed"][0])
     settings = json.loads(real.SETTINGS.read_text("utf-8"))["tasks"]
     real.check_pack(f"{committed}/ists/pilot", settings["ists"])
-    for task, n in (("ists", 8), ("feedbackqa", 1)):  # what was tried, on validation records
+    for task, n in (("ists", 11), ("feedbackqa", 1)):  # what was tried, on validation records
         kept = ablations.packed(f"{committed}/{task}/tried")
         own = {name: probs for name, probs in kept.items() if probs.ndim == 3 and "annotated" not in name}
         assert len(own) == n
