@@ -104,24 +104,24 @@ GROUPS = {"main": MAIN, "loss": [*LOSS]}
 ROWS = [*MAIN, *LOSS]
 
 
-def tests_of(row: str, split: str) -> dict[str, str]:
-    """Return what a row is tested on, each with the command that predicts it."""
+def tests_of(row: str, split: str, rows: list[str]) -> dict[str, str]:
+    """Return what a row is tested on beside the other `rows`, each with the command that predicts it."""
     predict, real = f"predict.py --model @{row} --data", "_real" if is_real(row) else ""
     flags = "--no-cot" if row in WITHOUT_COT else ""
     many = "--num-cots 5" if row in MAIN and not flags else flags
     tests = {split: f"{predict} data/tiny/{split}{real}.jsonl {many}"}
     if split == "test":
         tests["test_ood"] = f"{predict} data/tiny/test_ood{real}.jsonl {flags}"
-        tests |= whose_cots(row, predict, "data/tiny/test.jsonl")
+        tests |= whose_cots(row, rows, predict, "data/tiny/test.jsonl")
     return tests
 
 
-def whose_cots(row: str, predict: str, records: str) -> dict[str, str]:
+def whose_cots(row: str, rows: list[str], predict: str, records: str) -> dict[str, str]:
     """Return the tests behind the argument for stage 2, of p_s and p_tract on the CoTs of others."""
     tests = {}
     if row in ("a1", "tract"):
         tests["annotated"] = f"{predict} {records} --given cot"
-    if row == "tract":  # on those of p_s
+    if row == "tract" and "a1" in rows:  # on those of p_s, which its own test writes
         tests["p_s"] = f"{predict} @a1.test.jsonl --given cots"
     return tests
 
@@ -142,6 +142,11 @@ class Setup(NamedTuple):  # what the commands of a task have in common
     train: dict[str, object]  # options of both training scripts
     judge: str  # options of gen_cot.py and predict.py
     rows: dict[str, dict[str, object]]  # row → options of both training scripts that are its own
+
+
+def options(given: dict[str, object]) -> str:
+    """Return options as a command line has them; one with the value "" is a flag."""
+    return " ".join(f"--{key} {value}".strip() for key, value in given.items())
 
 
 def setup_of(settings: dict) -> Setup:
@@ -168,8 +173,7 @@ def commands_of(
             if "prepare" in script:
                 to, flags = Path(out).parent, ""  # it names its files itself
             elif "train" in script:
-                options = setup.train | setup.rows.get(name, {})
-                flags = " ".join(f"--{key} {value}" for key, value in options.items())
+                flags = options(setup.train | setup.rows.get(name, {}))
                 flags += "" if "--model" in own else " --model @seed"
             words = re.sub(r"@(\S+)", lambda found: make(found[1]), f"{flags} {own}").split()
             commands[out] = " ".join(["python", script, *words, f"--seed {seed} --out {to}"])
@@ -330,12 +334,7 @@ def make_parser(description: str, groups: dict[str, list[str]], rows: list[str],
 
 
 def predict(args, tests: dict[str, dict[str, str]], setup: Setup) -> list[str]:
-    """Run all that the rows need, and return the folder of each seed; with --show, print it and end.
-
-    Takes TRACT's test on the CoTs of p_s out of `tests` where A.1, whose test writes them, is not a row.
-    """
-    if "a1" not in tests:
-        tests.get("tract", {}).pop("p_s", None)
+    """Run all that the rows need, and return the folder of each seed; with --show, print it and end."""
     folders, commands = [f"{args.out}/seed{seed}" for seed in args.seeds], {}
     for seed, folder in zip(args.seeds, folders, strict=True):
         commands |= commands_of(folder, seed, tests, setup, packed(folder))
@@ -350,7 +349,8 @@ def main() -> None:
     args = make_parser(__doc__, GROUPS, ROWS, "out/ablations").parse_args()
     settings = runs.read_json(SETTINGS)
     os.chdir(ROOT)
-    tests = {name: tests_of(name, args.split) for row in args.rows for name in GROUPS.get(row, [row])}
+    rows = [name for row in args.rows for name in GROUPS.get(row, [row])]
+    tests = {row: tests_of(row, args.split, rows) for row in rows}
     report = {"settings": settings, "seeds": args.seeds}
     report |= summarise(predict(args, tests, setup_of(settings)), tests, args.split)
     report["ideal"] = {

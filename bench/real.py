@@ -37,14 +37,17 @@ ROWS = ["seed", "seed-no-cot", "ce-no-cot", "raft", "ce", "a1", "a2", "tract", "
 OFTEN = ["raft", "ce", "a1", "a2", "tract"]  # what has to be measured with several seeds
 
 
-def tests_of(row: str, split: str, data: str, num_cots: int = 5) -> dict[str, str]:
-    """Return what a row is tested on, each with the command that predicts it; num_cots: of A.1 and TRACT."""
+def tests_of(row: str, split: str, data: str, rows: list[str], num_cots: int = 5) -> dict[str, str]:
+    """Return what a row is tested on beside the other `rows`, each with the command that predicts it.
+
+    num_cots: how many CoTs A.1 and TRACT write for a record.
+    """
     predict = f"predict.py --model @{row.removesuffix('-no-cot') if row == 'seed-no-cot' else row} --data"
     how = "--no-cot" if row in (*WITHOUT_COT, "seed-no-cot") else ""
     many = f"--num-cots {num_cots}" if row in ("a1", "tract") else how
     tests = {split: f"{predict} {data}/{split}.jsonl {many}"}
     if split == "test":
-        tests |= ablations.whose_cots(row, predict, f"{data}/test.jsonl")
+        tests |= ablations.whose_cots(row, rows, predict, f"{data}/test.jsonl")
     return tests
 
 
@@ -58,7 +61,7 @@ def fast_precision() -> str:
 def setup_of(settings: dict, data: str) -> Setup:
     given = {"seed": "out/real/smollm2", "train.jsonl": f"{data}/train.jsonl"}
     common = {"grid": settings["grid"], fast_precision(): ""}
-    judge = " ".join(f"--{key} {value}" for key, value in (common | settings["judge"]).items())
+    judge = ablations.options(common | settings["judge"])
     return Setup(given, common | settings["train"], judge, settings["rows"])
 
 
@@ -125,14 +128,14 @@ def main() -> None:
     settings = runs.read_json(SETTINGS)
     parser = ablations.make_parser(__doc__, {"often": OFTEN}, ROWS, "out/real")
     parser.add_argument("task", choices=settings["tasks"])
-    parser.add_argument("--num-cots", type=int, choices=(1, 5), default=5, help="of A.1 and TRACT, a record")
+    parser.add_argument("--num-cots", type=int, choices=(1, 5), default=5, help="CoTs a test record")
     parser.set_defaults(rows=ROWS, seeds=[1, 2, 3])
     args = parser.parse_args()
     os.chdir(ROOT)
     data, own = f"{args.out}/{args.task}", settings["tasks"][args.task]
     rows = [name for row in args.rows for name in {"often": OFTEN}.get(row, [row])]
     args.out = Path(data)
-    tests = {row: tests_of(row, args.split, data, args.num_cots) for row in rows}
+    tests = {row: tests_of(row, args.split, data, rows, args.num_cots) for row in rows}
     for seed in args.seeds:
         check_pack(f"{data}/seed{seed}", own)
     folders = ablations.predict(args, tests, setup_of(own, data))

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import random
+import re
 
 import ablations
 import memory
@@ -21,13 +22,13 @@ SETTINGS = json.loads((RESULTS / "settings.json").read_text("utf-8"))
 
 
 def commands_of(*rows: str) -> dict[str, str]:
-    tests = {row: ablations.tests_of(row, "test") for row in rows}
+    tests = {row: ablations.tests_of(row, "test", rows) for row in rows}
     return ablations.commands_of("out", 1, tests, ablations.setup_of(SETTINGS))
 
 
 def commands_of_real(task: str) -> dict[str, str]:
     own = json.loads(real.SETTINGS.read_text("utf-8"))["tasks"][task]
-    tests = {row: real.tests_of(row, "test", "DATA") for row in real.ROWS}
+    tests = {row: real.tests_of(row, "test", "DATA", real.ROWS) for row in real.ROWS}
     return ablations.commands_of("out", 1, tests, real.setup_of(own, "DATA"))
 
 
@@ -122,13 +123,13 @@ def test_what_is_packed_needs_no_file(tmp_path, lab):
 
 
 def test_what_is_kept_is_made_again_only_for_what_reads_it(capsys):
-    both = {row: ablations.tests_of(row, "test") for row in ("a1", "tract")}
+    both = {row: ablations.tests_of(row, "test", ["a1", "tract"]) for row in ("a1", "tract")}
     how = "out", 1, both, ablations.setup_of(SETTINGS)
     names = {f"{row}.{test}" for row in both for test in both[row]}
     assert "out/a1.test.jsonl" not in ablations.commands_of(*how, names)
     made = list(ablations.commands_of(*how, names - {"tract.p_s"}))
     assert made[-1] == "out/tract.p_s.jsonl" and "out/a1.test.jsonl" in made and len(made) == 6
-    alone = {"tract": both["tract"]}
+    alone = {"tract": ablations.tests_of("tract", "test", ["tract"])}
     with pytest.raises(SystemExit):
         ablations.predict(argparse.Namespace(out="out", seeds=[1], show=True), alone, how[-1])
     assert "out/seed1/tract.test.jsonl" in (said := capsys.readouterr().out) and "a1.test" not in said
@@ -207,6 +208,12 @@ def test_committed_tables_of_people_s_scores_come_from_the_committed_predictions
             how = read.get("rail@5", read["rail"]).predictions
             r, rmse = (f"{METRICS[metric](how, kept['true']):.3f}" for metric in ("pearson", "rmse"))
             assert f"| {r.lstrip('0')} | {rmse.lstrip('0')} |" in page, (name, r, rmse)
+    chunks = dict(np.load(committed / "ists/chunk_scores.npz"))
+    said = {name: chunks[name] for name in chunks if "true" not in name}
+    assert len(said) == 9
+    for name, scores in said.items():
+        r = f"{METRICS['pearson'](scores, chunks[name.split('.')[0] + '.true']):.3f}"
+        assert re.search(rf"(?<![\d.]){re.escape(r.lstrip('0'))}\b", page), (name, r)
 
 
 def test_estimated_memory_is_what_is_measured(run_script, capsys):
