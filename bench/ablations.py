@@ -11,6 +11,8 @@ Nothing is held out. Interrupted, the same command goes on.
 """
 
 import argparse
+import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -233,11 +235,16 @@ def packed(folder: str) -> dict[str, np.ndarray]:
     return dict(np.load(path)) if path.is_file() else {}
 
 
-def predictions(folder: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the probabilities (n, CoTs, S) that NAME predicts, the true scores (n,) and the grid (S,)."""
+def predictions(folder: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Return the probabilities (n, CoTs, S) that NAME predicts, the true scores (n,) and the grid (S,).
+
+    None where it has not been measured.
+    """
     if name in (kept := packed(folder)):
         return kept[name].astype(float), kept["true"], kept["grid"]
     path = f"{folder}/{name}.jsonl"
+    if not Path(path).exists():
+        return None
     grid = Grid.parse(runs.read_json(Path(path).with_suffix(".run.json"))["arguments"]["grid"])
     rows = read_records(path, grid, ("id", "score", "finished", "score_probs"))
     true, probs = ([row[key] for row in rows] for key in ("score", "score_probs"))
@@ -290,32 +297,45 @@ def bootstrap(read: Reading, true: np.ndarray) -> dict[str, np.ndarray]:
 def summarise(folders: list[str], tests: dict[str, Iterable[str]], split: str) -> dict:
     """Return the metrics of every row, test and reading, and the differences to its reference by CoT-RAIL.
 
-    Raises InputError where rows were not tested on the same records.
+    A row is summed up over the seeds that it was tested with, a difference over those of both rows. Raises
+    InputError where rows were not tested on the same records, or none were.
     """
-    true, samples, cells = {}, {}, []
-    for row in tqdm(tests, desc="bootstrap", unit="row", dynamic_ncols=True):
-        for test in tests[row]:
-            files = [predictions(folder, f"{row}.{test}") for folder in folders]
-            records = ("test_ood" if test == "test_ood" else split) + "_real" * is_real(row)
-            y = true.setdefault(records, files[0][1])
-            if not all(np.array_equal(scores, y) for _, scores, _ in files):
-                raise InputError(f"{row}: not tested on the records that others were; remove what is older")
-            seeds = [readings(*of_seed) for of_seed in files]
-            for reading in seeds[0]:
-                both = Reading(*map(np.stack, zip(*(of_seed[reading] for of_seed in seeds), strict=True)))
-                samples[row, test, reading] = bootstrap(both, y)
-                cells.append({"row": row, "test": test, "reading": reading})
-                for name, values in metrics_of(both, y).items():
-                    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
-                    cells[-1][name] = {"per_seed": values.tolist(), "mean": float(values.mean()), "sd": sd}
-                    within = interval(samples[row, test, reading][name])
-                    cells[-1][name] |= {end: within[end] for end in ("low", "high")}
-    for cell in cells:
-        one, on = tuple(cell.values())[:3], "test_ood" if cell["test"] == "test_ood" else split
-        other = (reference(cell["row"]), on, "rail")
-        if other in samples and other != one:
-            apart = {name: interval(x - samples[other][name]) for name, x in samples[one].items()}
-            cell |= {"difference": apart, "reference": other[0]}
+    true, read, cells = {}, {}, []  # read: row, test, reading → folder → Reading
+
+    def records_of(row: str, test: str) -> str:
+        return ("test_ood" if test == "test_ood" else split) + "_real" * is_real(row)
+
+    pairs = [(row, test) for row, of_row in tests.items() for test in of_row]
+    for (row, test), folder in itertools.product(pairs, folders):
+        if (found := predictions(folder, f"{row}.{test}")) is None:
+            continue
+        if not np.array_equal(found[1], true.setdefault(records_of(row, test), found[1])):
+            raise InputError(f"{row}: not tested on the records that others were; remove what is older")
+        for reading, of_seed in readings(*found).items():
+            read.setdefault((row, test, reading), {})[folder] = of_seed
+    if not read:
+        raise InputError(f"{folders[0]}: nothing has been measured yet")
+
+    def together(key: tuple, seeds: tuple[str, ...]) -> tuple[Reading, np.ndarray]:
+        both = zip(*(read[key][folder] for folder in seeds), strict=True)
+        return Reading(*map(np.stack, both)), true[records_of(*key[:2])]
+
+    @functools.cache
+    def samples(key: tuple, seeds: tuple[str, ...]) -> dict[str, np.ndarray]:
+        return bootstrap(*together(key, seeds))
+
+    for key in tqdm(read, desc="bootstrap", unit="cell", dynamic_ncols=True):
+        (row, test, reading), own = key, tuple(read[key])
+        cells.append({"row": row, "test": test, "reading": reading, "seeds": [Path(f).name for f in own]})
+        for name, values in metrics_of(*together(key, own)).items():
+            sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            cells[-1][name] = {"per_seed": values.tolist(), "mean": float(values.mean()), "sd": sd}
+            within = interval(samples(key, own)[name])
+            cells[-1][name] |= {end: within[end] for end in ("low", "high")}
+        other = (reference(row), "test_ood" if test == "test_ood" else split, "rail")
+        if other != key and (both := tuple(folder for folder in own if folder in read.get(other, {}))):
+            apart = {name: interval(x - samples(other, both)[name]) for name, x in samples(key, both).items()}
+            cells[-1] |= {"difference": apart, "reference": other[0]}
     report = {"split": split, "resamples": RESAMPLES, "records": {name: len(y) for name, y in true.items()}}
     return report | {"cells": cells}
 
@@ -330,12 +350,15 @@ def make_parser(description: str, groups: dict[str, list[str]], rows: list[str],
     add("--split", choices=("valid", "test"), default="test", help="what to test on")
     add("--out", type=Path, default=Path(out), help="folder of all that is made")
     add("--show", action="store_true", help="print the commands and run nothing")
+    add("--measured", action="store_true", help="run nothing, sum up what has been measured")
     return parser
 
 
 def predict(args, tests: dict[str, dict[str, str]], setup: Setup) -> list[str]:
     """Run all that the rows need, and return the folder of each seed; with --show, print it and end."""
     folders, commands = [f"{args.out}/seed{seed}" for seed in args.seeds], {}
+    if args.measured:
+        return folders
     for seed, folder in zip(args.seeds, folders, strict=True):
         commands |= commands_of(folder, seed, tests, setup, packed(folder))
     if args.show:

@@ -3,6 +3,7 @@
     python bench/real.py ists                                # model and data come first: make real
     python bench/real.py feedbackqa --rows tract --seeds 1   # one row, one seed
     python bench/real.py ists --rows tract --seeds 1 --show  # only print the commands, in order
+    python bench/real.py ists --measured                     # sum up what there is
 
 The chains of commands are those of bench/ablations.py, with model, records and settings of the task
 (results/real/settings.json). Beside the rows stand a ridge regression on words and, where records have the
@@ -11,6 +12,7 @@ What a seed predicts is kept in seedN.npz, some 100 KB: what is in there is not 
 """
 
 import json
+import multiprocessing
 import os
 import re
 import sys
@@ -54,8 +56,10 @@ def tests_of(row: str, split: str, data: str, rows: list[str], num_cots: int = 5
 def fast_precision() -> str:
     """Return the option for what this machine is fast at: bf16 where GPU or CPU has instructions for it."""
     has = torch.cpu.get_capabilities()
-    fast = models.has_bf16() or has.get("avx512_bf16") or has.get("amx_bf16")
-    return "bf16" if fast else "fp32"
+    # Asked in a process of its own: forks of one that has used the GPU could not use it
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        on_gpu = pool.apply(models.has_bf16)
+    return "bf16" if on_gpu or has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
 
 
 def setup_of(settings: dict, data: str) -> Setup:
@@ -74,11 +78,15 @@ def check_pack(folder: str, settings: dict) -> None:
 
 def pack(folder: str, names: list[str], settings: dict) -> None:
     """Add what these files of FOLDER predict to FOLDER.npz, in half precision; what it keeps stays."""
-    kept = ablations.packed(folder) | {"settings": np.array(json.dumps(settings))}
-    for name in [name for name in names if name not in kept]:
-        probs, kept["true"], kept["grid"] = ablations.predictions(folder, name)
-        kept[name] = probs.astype(np.float16)
-    runs.write_whole(f"{folder}.npz", lambda out: np.savez_compressed(out, **kept))
+    kept = ablations.packed(folder)
+    new = {name: ablations.predictions(folder, name) for name in names if name not in kept}
+    for name, found in new.items():
+        if found:
+            probs, kept["true"], kept["grid"] = found
+            kept[name] = probs.astype(np.float16)
+    if kept:
+        kept["settings"] = np.array(json.dumps(settings))
+        runs.write_whole(f"{folder}.npz", lambda out: np.savez_compressed(out, **kept))
 
 
 def features(pairs: list[list[str]]) -> np.ndarray:
@@ -142,7 +150,7 @@ def main() -> None:
     if args.split == "test":
         for folder in folders:
             pack(folder, [f"{row}.{test}" for row in tests for test in tests[row]], own)
-    report = {"task": args.task, "settings": own, "precision": fast_precision(), "seeds": args.seeds}
+    report = {"task": args.task, "settings": own, "seeds": args.seeds}
     report |= ablations.summarise(folders, tests, args.split)
     grid = Grid.parse(own["grid"])
     records = [

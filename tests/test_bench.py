@@ -18,6 +18,7 @@ from data.tiny import ideal, prepare
 from eval import METRICS
 
 RESULTS = ROOT / "results/ablations"
+METRICS_SHOWN = ("pearson", "rmse")
 SETTINGS = json.loads((RESULTS / "settings.json").read_text("utf-8"))
 
 
@@ -114,12 +115,30 @@ def test_what_is_packed_needs_no_file(tmp_path, lab):
         found = [values.tolist() for values in ablations.predictions(f"{tmp_path}/seed1", name)]
         assert found == [[row["score_probs"]], [4.5], [1, 5]]
     tests = {"tract": {"test": "predict.py --model @tract"}, "ce": {"test": "predict.py --model @ce"}}
-    args = argparse.Namespace(out=tmp_path, seeds=[1], show=False, jobs=1)
+    args = argparse.Namespace(out=tmp_path, seeds=[1], show=False, measured=False, jobs=1)
     real.check_pack(f"{tmp_path}/seed1", {"grid": "1,5"})
     with pytest.raises(ablations.InputError, match=r"seed1\.npz: was made with settings"):
         real.check_pack(f"{tmp_path}/seed1", {"grid": "1,5", "train": "--epochs 2"})
     folders = ablations.predict(args, tests, ablations.setup_of(SETTINGS))
     assert folders == [f"{tmp_path}/seed1"] and not [*tmp_path.glob("seed1/*.log")]  # nothing was run
+
+
+def test_rows_that_some_seeds_lack_are_summed_up_over_the_others(tmp_path, lab):
+    true, values = np.array([1.0, 5.0, 5.0]), np.array([1, 5])
+    for seed, row, p in ((1, "tract", 0.5), (1, "a1", 0.75), (2, "tract", 1.0)):
+        probs = np.stack([1 - p * (true > 1), p * (true > 1)], -1)[:, None]
+        kept = {f"{row}.test": probs, "true": true, "grid": values}
+        np.savez(tmp_path / f"seed{seed}.npz", **ablations.packed(f"{tmp_path}/seed{seed}") | kept)
+    args = argparse.Namespace(out=tmp_path, seeds=[1, 2, 3], measured=True)
+    tests = {"tract": {"test": ""}, "a1": {"test": "", "annotated": ""}, "raft": {"test": ""}}
+    folders = ablations.predict(args, tests, None)  # which runs nothing
+    cells = [c for c in ablations.summarise(folders, tests, "test")["cells"] if c["reading"] == "rail"]
+    assert [(c["row"], c["seeds"]) for c in cells] == [("tract", ["seed1", "seed2"]), ("a1", ["seed1"])]
+    off = [4 * share * (2 / 3) ** 0.5 for share in (0.5, 0.25)]  # of seed 1; seed 2 of TRACT is right
+    assert cells[0]["rmse"]["per_seed"] == pytest.approx([off[0], 0])
+    assert cells[1]["difference"]["rmse"]["value"] == pytest.approx(off[1] - off[0])
+    with pytest.raises(ablations.InputError, match="seed3: nothing has been measured yet"):
+        ablations.summarise(folders[2:], tests, "test")
 
 
 def test_what_is_kept_is_made_again_only_for_what_reads_it(capsys):
@@ -131,7 +150,7 @@ def test_what_is_kept_is_made_again_only_for_what_reads_it(capsys):
     assert made[-1] == "out/tract.p_s.jsonl" and "out/a1.test.jsonl" in made and len(made) == 6
     alone = {"tract": ablations.tests_of("tract", "test", ["tract"])}
     with pytest.raises(SystemExit):
-        ablations.predict(argparse.Namespace(out="out", seeds=[1], show=True), alone, how[-1])
+        ablations.predict(argparse.Namespace(out="out", seeds=[1], show=True, measured=False), alone, how[-1])
     assert "out/seed1/tract.test.jsonl" in (said := capsys.readouterr().out) and "a1.test" not in said
 
 
@@ -191,29 +210,57 @@ def test_committed_tables_of_people_s_scores_come_from_the_committed_predictions
     tables = (tmp_path / "tables.md").read_text("utf-8")
     assert tables == (committed / "tables.md").read_text("utf-8")
     page = (committed / "README.md").read_text("utf-8")
-    assert all(line in page for line in tables.splitlines() if line.startswith("|"))
-    for cell in json.loads((committed / "ists.json").read_text("utf-8"))["cells"]:
-        kept = ablations.predictions(f"{committed}/ists/pilot", f"{cell['row']}.{cell['test']}")
-        predicted = ablations.readings(*kept)[cell["reading"]].predictions
-        for name in ("pearson", "rmse"):
-            assert METRICS[name](predicted, kept[1]) == pytest.approx(cell[name]["per_seed"][0])
+    of_tasks = tables.partition("## ")[2].splitlines()
+    assert all(line in page for line in of_tasks if line.startswith("|"))
     settings = json.loads(real.SETTINGS.read_text("utf-8"))["tasks"]
-    real.check_pack(f"{committed}/ists/pilot", settings["ists"])
-    for task, n in (("ists", 11), ("feedbackqa", 1)):  # what was tried, on validation records
-        kept = ablations.packed(f"{committed}/{task}/tried")
+    front = (ROOT / "README.md").read_text("utf-8").partition("**The embedded task,**")[0]
+    assert all(line in tables for line in front.splitlines() if line.startswith("|"))
+    for task, n in (("ists", 17), ("feedbackqa", 5)):
+        for cell in json.loads((committed / f"{task}.json").read_text("utf-8"))["cells"]:
+            for seed, *numbers in zip(
+                cell["seeds"], *(cell[m]["per_seed"] for m in METRICS_SHOWN), strict=True
+            ):
+                kept = ablations.predictions(f"{committed}/{task}/{seed}", f"{cell['row']}.{cell['test']}")
+                predicted = ablations.readings(*kept)[cell["reading"]].predictions
+                assert [METRICS[name](predicted, kept[1]) for name in METRICS_SHOWN] == pytest.approx(numbers)
+                real.check_pack(f"{committed}/{task}/{seed}", settings[task])
+        kept = ablations.packed(f"{committed}/{task}/tried")  # on validation records
         own = {name: probs for name, probs in kept.items() if probs.ndim == 3 and "annotated" not in name}
         assert len(own) == n
         for name, probs in own.items():
             read = ablations.readings(probs.astype(float), kept["true"], kept["grid"])
             how = read.get("rail@5", read["rail"]).predictions
-            r, rmse = (f"{METRICS[metric](how, kept['true']):.3f}" for metric in ("pearson", "rmse"))
+            r, rmse = (f"{METRICS[metric](how, kept['true']):.3f}" for metric in METRICS_SHOWN)
             assert f"| {r.lstrip('0')} | {rmse.lstrip('0')} |" in page, (name, r, rmse)
     chunks = dict(np.load(committed / "ists/chunk_scores.npz"))
     said = {name: chunks[name] for name in chunks if "true" not in name}
-    assert len(said) == 9
+    assert len(said) == 10
     for name, scores in said.items():
         r = f"{METRICS['pearson'](scores, chunks[name.split('.')[0] + '.true']):.3f}"
         assert re.search(rf"(?<![\d.]){re.escape(r.lstrip('0'))}\b", page), (name, r)
+
+
+def test_what_the_page_says_of_people_s_scores_is_counted():
+    committed, off = real.SETTINGS.parent, {}
+    page = " ".join((committed / "README.md").read_text("utf-8").split())
+    for task, many in (
+        ("ists", "524 pairs p_tract is nearer in {} and"),
+        ("feedbackqa", "818 questions nearer in {},"),
+    ):
+        for row in ("a1", "tract"):
+            probs, true, values = ablations.predictions(f"{committed}/{task}/seed1", f"{row}.test")
+            off[row] = np.abs(probs[:, 0] @ values - true)
+        far = [(of > 2).sum() for of in off.values()]
+        text = f"{many} off by more than 2 in {far[1]}, p_s in {far[0]}"
+        assert text.format((off["tract"] < off["a1"]).sum()) in page
+    cots = map(json.loads, (committed / "feedbackqa/cots.jsonl").read_text("utf-8").splitlines())
+    same = np.array(
+        [[of[name].startswith("This answer is irrelevant") for name in ("p_s", "p_tract")] for of in cots]
+    )
+    share = [f"{of:.0%}".replace("%", " %") for of in same.mean(0)]
+    assert f"{share[1]} of those of p_tract (seed 1)" in page and f"as do {share[0]} of p_s's" in page
+    r = METRICS["pearson"](*(of[same[:, 1]] for of in (probs[:, 0] @ values, true)))
+    assert f"r = {r:.2f}".replace("0.", ".") + " with the truth" in page
 
 
 def test_estimated_memory_is_what_is_measured(run_script, capsys):

@@ -54,9 +54,9 @@ def test_without_cot_from_training_to_prediction(lab):
         assert row["cots"] == [""] and row["prediction"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_readme_judges_from_python(monkeypatch):
+def test_the_page_of_options_judges_from_python(monkeypatch):
     monkeypatch.chdir(ROOT)
-    failed, run = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
+    failed, run = doctest.testfile(str(ROOT / "docs/options.md"), module_relative=False)
     assert run == 12 and not failed
 
 

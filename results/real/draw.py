@@ -31,6 +31,22 @@ LINES = [  # label, row, reading
 ]
 
 
+def overview(reports: dict[str, dict]) -> str:
+    """Return one table of all tasks: baselines and methods, each with r and RMSE."""
+    head, lines = ["method, prediction"], {}  # lines: label → what each task has
+    for i, (task, report) in enumerate(reports.items()):
+        cells, of_task = Cells(report["cells"]), {}
+        head += [f"{TASKS[task]}: r", "RMSE"]
+        for name, values in report["baselines"].items():
+            of_task[f"*{name}*"] = [f"{values[metric]:.3f}" for metric in ("pearson", "rmse")]
+        for label, row, reading in LINES:
+            of_task[label] = [cells.mean(row, metric, reading) for metric in ("pearson", "rmse")]
+        for label, numbers in of_task.items():
+            lines.setdefault(label, [""] * 2 * len(reports))[2 * i : 2 * i + 2] = numbers
+    order = sorted(lines, key=lambda label: not label.startswith("*"))  # baselines first
+    return table(head, [[label, *lines[label]] for label in order if any(lines[label])])
+
+
 def tables(report: dict) -> str:
     """Return the tables of one task: every method, and whose CoTs."""
     cells, rows = Cells(report["cells"]), []
@@ -40,13 +56,13 @@ def tables(report: dict) -> str:
             within = "[{low:.3f}, {high:.3f}]".format(**cell["pearson"])
             many = [cells.mean(row, metric, f"{reading}@5") for metric in ("pearson", "rmse")]
             apart = [cells.difference(row, metric, reading) for metric in ("pearson", "rmse")]
-            rows.append([label, f"{r} {within}", rmse, *many, *apart])
+            rows.append([label, len(cell["seeds"]), f"{r} {within}", rmse, *many, *apart])
     for name, values in report["baselines"].items():
-        rows.append([f"*{name}*", f"{values['pearson']:.3f}", f"{values['rmse']:.3f}", "", "", "", ""])
-    seeds, records = len(report["seeds"]), report["records"][cells.test]
-    text = f"{seeds} seeds, mean ± standard deviation" if seeds > 1 else "one seed"
-    text = f"{records} records; {text}; 95 % intervals over seeds and records.\n\n"
-    head = ["method, prediction", "r", "RMSE", "r, 5 CoTs", "RMSE, 5 CoTs", "Δr to TRACT", "ΔRMSE to TRACT"]
+        rows.append([f"*{name}*", "", f"{values['pearson']:.3f}", f"{values['rmse']:.3f}", "", "", "", ""])
+    text = f"{report['records'][cells.test]} records; mean ± standard deviation of the seeds; 95 % intervals "
+    text += "over seeds and records.\n\n"
+    head = ["method, prediction", "seeds", "r", "RMSE", "r, 5 CoTs", "RMSE, 5 CoTs"]
+    head += ["Δr to TRACT", "ΔRMSE to TRACT"]
     filled = [i for i in range(len(head)) if any(row[i] for row in rows)]
     rows = [[row[i] for i in filled] for row in (head, *rows)]
     return text + table(rows[0], rows[1:]) + "\n" + whose_cots(cells)
@@ -76,9 +92,9 @@ def draw(reports: dict[str, dict], path: Path) -> None:
         for label, row, color in (("p_s", "a1", "tab:blue"), ("p_tract", "tract", "tab:orange")):
             points = [cells.of.get((row, test, "rail")) for test in ("annotated", cells.test)]
             if all(points):
-                right.plot(
-                    [0, 1], [cell["rmse"]["per_seed"] for cell in points], ".-", color=color, alpha=0.6
-                )
+                ends = [dict(zip(of["seeds"], of["rmse"]["per_seed"], strict=True)) for of in points]
+                for seed in ends[0].keys() & ends[1].keys():
+                    right.plot([0, 1], [end[seed] for end in ends], ".-", color=color, alpha=0.6)
                 right.text(1.05, points[1]["rmse"]["mean"], label, color=color)
         right.set_xticks([0, 1], ["annotated CoTs", "own CoTs"])
         right.set(xlim=(-0.2, 1.6), ylabel="RMSE", title="whose CoTs?")
@@ -94,7 +110,8 @@ def main() -> None:
     args = parser.parse_args()
     reports = [json.loads(path.read_text("utf-8")) for path in args.metrics]
     reports = {report["task"]: report for report in reports}
-    text = "\n".join(f"## {TASKS[task]}\n\n{tables(report)}" for task, report in reports.items())
+    parts = [f"## {TASKS[task]}\n\n{tables(report)}" for task, report in reports.items()]
+    text = "\n".join([overview(reports), *parts])
     (args.out / "tables.md").write_text(text, "utf-8")
     draw(reports, args.out / "figure.png")
     print(text)
