@@ -103,6 +103,12 @@ def test_rows_are_summed_up(tmp_path, lab):
         ablations.summarise(*arguments)
 
 
+def test_the_gpu_is_asked_for_in_another_process(monkeypatch):
+    asked = []  # here; what the other process adds stays there
+    monkeypatch.setattr("torch.cuda.is_available", lambda: asked.append(True))
+    assert real.fast_precision() in ("bf16", "fp32") and not asked
+
+
 def test_what_is_packed_needs_no_file(tmp_path, lab):
     row = {"prompt": "x", "score": 4.5, "finished": [True] * 2, "score_probs": [[0.125, 0.75], [0.5, 0.5]]}
     (tmp_path / "seed1").mkdir()
