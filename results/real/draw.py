@@ -75,9 +75,11 @@ def draw(reports: dict[str, dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size, ratio = (8.5 * len(reports), 4.6), {"width_ratios": [1.6, 0.8] * len(reports)}
-    figure, axes = plt.subplots(1, 2 * len(reports), figsize=size, layout="constrained", gridspec_kw=ratio)
-    for task, (left, right) in zip(reports, zip(axes[::2], axes[1::2], strict=True), strict=True):
+    size, ratio = (9, 3.8 * len(reports)), {"width_ratios": [1.7, 1]}
+    figure, axes = plt.subplots(
+        len(reports), 2, figsize=size, layout="constrained", gridspec_kw=ratio, squeeze=False
+    )
+    for task, (left, right) in zip(reports, axes, strict=True):
         report, cells = reports[task], Cells(reports[task]["cells"])
         lines = [line for line in LINES if (line[1], cells.test, line[2]) in cells.of][::-1]
         for y, (_, row, reading) in enumerate(lines):
