@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="folder of tables.md and figure.png")
     args = parser.parse_args()
     reports = [json.loads(path.read_text("utf-8")) for path in args.metrics]
-    reports = {report["task"]: report for report in reports}
+    reports = {task: report for task in TASKS for report in reports if report["task"] == task}
     parts = [f"## {TASKS[task]}\n\n{tables(report)}" for task, report in reports.items()]
     text = "\n".join([overview(reports), *parts])
     (args.out / "tables.md").write_text(text, "utf-8")
