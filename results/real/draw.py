@@ -95,7 +95,7 @@ def draw(reports: dict[str, dict], path: Path) -> None:
             points = [cells.of.get((row, test, "rail")) for test in ("annotated", cells.test)]
             if all(points):
                 ends = [dict(zip(of["seeds"], of["rmse"]["per_seed"], strict=True)) for of in points]
-                for seed in ends[0].keys() & ends[1].keys():
+                for seed in filter(ends[1].get, ends[0]):
                     right.plot([0, 1], [end[seed] for end in ends], ".-", color=color, alpha=0.6)
                 right.text(1.05, points[1]["rmse"]["mean"], label, color=color)
         right.set_xticks([0, 1], ["annotated CoTs", "own CoTs"])
