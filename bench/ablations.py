@@ -317,8 +317,8 @@ def summarise(folders: list[str], tests: dict[str, Iterable[str]], split: str) -
         raise InputError(f"{folders[0]}: nothing has been measured yet")
 
     def together(key: tuple, seeds: tuple[str, ...]) -> tuple[Reading, np.ndarray]:
-        both = zip(*(read[key][folder] for folder in seeds), strict=True)
-        return Reading(*map(np.stack, both)), true[records_of(*key[:2])]
+        each = zip(*(read[key][folder] for folder in seeds), strict=True)
+        return Reading(*map(np.stack, each)), true[records_of(*key[:2])]
 
     @functools.cache
     def samples(key: tuple, seeds: tuple[str, ...]) -> dict[str, np.ndarray]:
