@@ -7,9 +7,9 @@
 #   make ablations       every method of the paper's table, and the losses one by one, five seeds, files under out/ablations
 #                        (make ablations ROWS="tract a1" SEEDS="1 2")
 #   make real ISTS=DIR FEEDBACKQA=DIR
-#                        every method on people's words and scores with SmolLM2-135M, three seeds: days on a CPU, within
-#                        an hour on a large GPU; files under out/real (TASKS=ists for one of the two, JOBS=14 for
-#                        so many commands at a time; data/*/README.md says where the data are)
+#                        every method on people's words and scores with SmolLM2-135M, three seeds: minutes a model on a
+#                        GPU, hours on a CPU; files under out/real (TASKS=ists for one of the two, JOBS=14 for so many
+#                        commands at a time; data/*/README.md says where the data are)
 #   make test            the tests
 #   make test-vllm ISTS=DIR
 #                        vLLM beside our own engine: the same scores and CoTs? (its CPU build, in .venv-vllm)

@@ -302,8 +302,11 @@ def summarise(folders: list[str], tests: dict[str, Iterable[str]], split: str) -
     """
     true, read, cells = {}, {}, []  # read: row, test, reading → folder → Reading
 
+    def own_test(test: str) -> str:  # the one with CoTs of the row's own, on the same prompts
+        return "test_ood" if test == "test_ood" else split
+
     def records_of(row: str, test: str) -> str:
-        return ("test_ood" if test == "test_ood" else split) + "_real" * is_real(row)
+        return own_test(test) + "_real" * is_real(row)
 
     pairs = [(row, test) for row, of_row in tests.items() for test in of_row]
     for (row, test), folder in itertools.product(pairs, folders):
@@ -332,7 +335,7 @@ def summarise(folders: list[str], tests: dict[str, Iterable[str]], split: str) -
             cells[-1][name] = {"per_seed": values.tolist(), "mean": float(values.mean()), "sd": sd}
             within = interval(samples(key, own)[name])
             cells[-1][name] |= {end: within[end] for end in ("low", "high")}
-        other = (reference(row), "test_ood" if test == "test_ood" else split, "rail")
+        other = (reference(row), own_test(test), "rail")
         if other != key and (both := tuple(folder for folder in own if folder in read.get(other, {}))):
             apart = {name: interval(x - samples(other, both)[name]) for name, x in samples(key, both).items()}
             cells[-1] |= {"difference": apart, "reference": other[0]}
@@ -355,7 +358,10 @@ def make_parser(description: str, groups: dict[str, list[str]], rows: list[str],
 
 
 def predict(args, tests: dict[str, dict[str, str]], setup: Setup) -> list[str]:
-    """Run all that the rows need, and return the folder of each seed; with --show, print it and end."""
+    """Run all that the rows need, and return the folder of each seed.
+
+    With --measured, run nothing; with --show, print the commands and end.
+    """
     folders, commands = [f"{args.out}/seed{seed}" for seed in args.seeds], {}
     if args.measured:
         return folders

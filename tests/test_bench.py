@@ -247,25 +247,28 @@ def test_committed_tables_of_people_s_scores_come_from_the_committed_predictions
 
 
 def test_what_the_page_says_of_people_s_scores_is_counted():
-    committed, off = real.SETTINGS.parent, {}
+    committed = real.SETTINGS.parent
     page = " ".join((committed / "README.md").read_text("utf-8").split())
+
+    def judged(task: str, row: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return what a row predicts from its first CoT, and the true scores."""
+        probs, true, values = ablations.predictions(f"{committed}/{task}/seed1", f"{row}.test")
+        return probs[:, 0] @ values, true
+
     for task, many in (
         ("ists", "524 pairs p_tract is nearer in {} and"),
         ("feedbackqa", "818 questions nearer in {},"),
     ):
-        for row in ("a1", "tract"):
-            probs, true, values = ablations.predictions(f"{committed}/{task}/seed1", f"{row}.test")
-            off[row] = np.abs(probs[:, 0] @ values - true)
-        far = [(of > 2).sum() for of in off.values()]
-        text = f"{many} off by more than 2 in {far[1]}, p_s in {far[0]}"
-        assert text.format((off["tract"] < off["a1"]).sum()) in page
+        p_s, p_tract = (np.abs(np.subtract(*judged(task, row))) for row in ("a1", "tract"))
+        text = f"{many} off by more than 2 in {(p_tract > 2).sum()}, p_s in {(p_s > 2).sum()}"
+        assert text.format((p_tract < p_s).sum()) in page
     cots = map(json.loads, (committed / "feedbackqa/cots.jsonl").read_text("utf-8").splitlines())
     same = np.array(
         [[of[name].startswith("This answer is irrelevant") for name in ("p_s", "p_tract")] for of in cots]
     )
     share = [f"{of:.0%}".replace("%", " %") for of in same.mean(0)]
     assert f"{share[1]} of those of p_tract (seed 1)" in page and f"as do {share[0]} of p_s's" in page
-    r = METRICS["pearson"](*(of[same[:, 1]] for of in (probs[:, 0] @ values, true)))
+    r = METRICS["pearson"](*(of[same[:, 1]] for of in judged("feedbackqa", "tract")))
     assert f"r = {r:.2f}".replace("0.", ".") + " with the truth" in page
 
 

@@ -14,6 +14,7 @@ sys.path.insert(0, str(HERE.parent))
 from tables import Cells, bar, table, whose_cots  # noqa: E402
 
 TASKS = {"ists": "Interpretable STS", "feedbackqa": "FeedbackQA"}
+SHOWN = ("pearson", "rmse")
 LINES = [  # label, row, reading
     ("untrained model, RAIL", "seed-no-cot", "rail"),
     ("untrained model, CoT-RAIL", "seed", "rail"),
@@ -38,9 +39,9 @@ def overview(reports: dict[str, dict]) -> str:
         cells, of_task = Cells(report["cells"]), {}
         head += [f"{TASKS[task]}: r", "RMSE"]
         for name, values in report["baselines"].items():
-            of_task[f"*{name}*"] = [f"{values[metric]:.3f}" for metric in ("pearson", "rmse")]
+            of_task[f"*{name}*"] = [f"{values[metric]:.3f}" for metric in SHOWN]
         for label, row, reading in LINES:
-            of_task[label] = [cells.mean(row, metric, reading) for metric in ("pearson", "rmse")]
+            of_task[label] = [cells.mean(row, metric, reading) for metric in SHOWN]
         for label, numbers in of_task.items():
             lines.setdefault(label, [""] * 2 * len(reports))[2 * i : 2 * i + 2] = numbers
     order = sorted(lines, key=lambda label: not label.startswith("*"))  # baselines first
@@ -52,10 +53,10 @@ def tables(report: dict) -> str:
     cells, rows = Cells(report["cells"]), []
     for label, row, reading in LINES:
         if cell := cells.of.get((row, cells.test, reading)):
-            r, rmse = (cells.mean(row, metric, reading) for metric in ("pearson", "rmse"))
+            r, rmse = (cells.mean(row, metric, reading) for metric in SHOWN)
             within = "[{low:.3f}, {high:.3f}]".format(**cell["pearson"])
-            many = [cells.mean(row, metric, f"{reading}@5") for metric in ("pearson", "rmse")]
-            apart = [cells.difference(row, metric, reading) for metric in ("pearson", "rmse")]
+            many = [cells.mean(row, metric, f"{reading}@5") for metric in SHOWN]
+            apart = [cells.difference(row, metric, reading) for metric in SHOWN]
             rows.append([label, len(cell["seeds"]), f"{r} {within}", rmse, *many, *apart])
     for name, values in report["baselines"].items():
         rows.append([f"*{name}*", "", f"{values['pearson']:.3f}", f"{values['rmse']:.3f}", "", "", "", ""])
@@ -95,7 +96,7 @@ def draw(reports: dict[str, dict], path: Path) -> None:
             points = [cells.of.get((row, test, "rail")) for test in ("annotated", cells.test)]
             if all(points):
                 ends = [dict(zip(of["seeds"], of["rmse"]["per_seed"], strict=True)) for of in points]
-                for seed in filter(ends[1].get, ends[0]):
+                for seed in [seed for seed in ends[0] if seed in ends[1]]:
                     right.plot([0, 1], [end[seed] for end in ends], ".-", color=color, alpha=0.6)
                 right.text(1.05, points[1]["rmse"]["mean"], label, color=color)
         right.set_xticks([0, 1], ["annotated CoTs", "own CoTs"])
