@@ -246,6 +246,16 @@ def test_committed_tables_of_people_s_scores_come_from_the_committed_predictions
         assert re.search(rf"(?<![\d.]){re.escape(r.lstrip('0'))}\b", page), (name, r)
 
 
+CONTROLS = (  # as the page calls them, and what is kept of them
+    ("stage 2 on other pairs' CoTs", "ists", "swapped.test"),
+    ("p_tract after another pair's CoT", "ists", "tract.swapped"),
+    ("RAFT without CoT, two epochs", "feedbackqa", "raft-2.test"),
+    ("TRACT, two epochs of stage 2", "feedbackqa", "tract-2.test"),
+    ("stage 2 on other records' CoTs", "feedbackqa", "swapped.test"),
+    ("p_tract after another record's CoT", "feedbackqa", "tract.swapped"),
+)
+
+
 def test_what_the_page_says_of_people_s_scores_is_counted():
     committed = real.SETTINGS.parent
     page = " ".join((committed / "README.md").read_text("utf-8").split())
@@ -257,7 +267,7 @@ def test_what_the_page_says_of_people_s_scores_is_counted():
 
     for task, many in (
         ("ists", "524 pairs p_tract is nearer in {} and"),
-        ("feedbackqa", "818 questions nearer in {},"),
+        ("feedbackqa", "1,422 questions nearer in {},"),
     ):
         p_s, p_tract = (np.abs(np.subtract(*judged(task, row))) for row in ("a1", "tract"))
         text = f"{many} off by more than 2 in {(p_tract > 2).sum()}, p_s in {(p_s > 2).sum()}"
@@ -267,9 +277,26 @@ def test_what_the_page_says_of_people_s_scores_is_counted():
         [[of[name].startswith("This answer is irrelevant") for name in ("p_s", "p_tract")] for of in cots]
     )
     share = [f"{of:.0%}".replace("%", " %") for of in same.mean(0)]
-    assert f"{share[1]} of those of p_tract (seed 1)" in page and f"as do {share[0]} of p_s's" in page
+    assert f"Of its CoTs {share[1]} begin" in page and f"as do {share[0]} of p_s's" in page
     r = METRICS["pearson"](*(of[same[:, 1]] for of in judged("feedbackqa", "tract")))
     assert f"r = {r:.2f}".replace("0.", ".") + " with the truth" in page
+    files = [committed / f"{task}/squared_error.json" for task in ("ists", "feedbackqa")]
+    errors = [json.loads(path.read_text("utf-8")) for path in files]
+    for name, text in (
+        ("a2", "a squared error of {} and {}"),
+        ("two-hot", "two-hot CE {} and {}"),
+        ("p_tract", "TRACT {} and {}."),
+    ):
+        late = [np.mean(of[f"{name}.frozen"][-len(of[f"{name}.frozen"]) // 4 :]) for of in errors]
+        assert text.format(*(f"{error:.2f}".removeprefix("0") for error in late)) in page
+    for label, task, name in CONTROLS:
+        of_seed = [ablations.predictions(f"{committed}/{task}/seed{seed}", name) for seed in (1, 2, 3)]
+        of_seed = [(probs[:, 0] @ values, true) for probs, true, values in filter(None, of_seed)]
+        line = f"| {label} | {len(of_seed)} |"
+        for metric in METRICS_SHOWN:
+            each = [METRICS[metric](*of) for of in of_seed]
+            line += f" {np.mean(each):.3f}" + (f" ± {np.std(each, ddof=1):.3f} |" if each[1:] else " |")
+        assert line in page
 
 
 def test_estimated_memory_is_what_is_measured(run_script, capsys):
