@@ -68,10 +68,16 @@ def ties(p: np.ndarray) -> float:
     return float((same * (same - 1)).sum() / max(len(p) * (len(p) - 1), 1))
 
 
-def one_rater(rows: list[dict]) -> dict | None:
-    """Return r and RMSE of one rater against the mean of the others, where records have `ratings`."""
-    ratings = [row["ratings"] for row in rows if len(row.get("ratings") or ()) > 1]
-    pairs = [(own, np.mean(of[:k] + of[k + 1 :])) for of in ratings for k, own in enumerate(of)]
+def against_others(rows: list[dict], kind: str = "") -> dict | None:
+    """Return r and RMSE of each rater against the mean of the others, where records have `ratings`.
+
+    kind: the prediction (one of KINDS) to put in the rater's place, against the same means.
+    """
+    pairs = []
+    for row in rows:
+        ratings = row.get("ratings") or []
+        for k, own in enumerate(ratings if len(ratings) > 1 else []):
+            pairs.append((row[kind] if kind else own, np.mean(ratings[:k] + ratings[k + 1 :])))
     if not pairs:
         return None
     return {"ratings": len(pairs)} | {name: METRICS[name](*np.array(pairs).T) for name in ("pearson", "rmse")}
@@ -140,7 +146,7 @@ def compare(files: dict[str, tuple[list[dict], Grid]], resamples: int, seed: int
     # One resample a row, the same for all files: so differences are paired
     picks = [np.arange(len(ids)), *np.random.default_rng(seed).integers(0, len(ids), (resamples, len(ids)))]
     report = {"reference": first, "evaluated": len(ids), "resamples": resamples, "seed": seed, "files": {}}
-    report["one_rater"] = one_rater([scored[first][id] for id in ids])
+    report["one_rater"] = against_others([scored[first][id] for id in ids])
     samples = {}
     for path, (rows, grid) in files.items():
         own = [scored[path][id] for id in ids]
@@ -162,6 +168,7 @@ def compare(files: dict[str, tuple[list[dict], Grid]], resamples: int, seed: int
             }
             differences = {name: interval(now[name] - before[name]) for name in now if name in before}
             report["files"][path]["difference"][kind] = differences
+        report["files"][path]["against_others"] = against_others(own, KINDS[0])
     return report
 
 
@@ -244,14 +251,12 @@ def show(report: dict) -> None:
         )
         left_out = f"{entry['without_score']} without score, {entry['not_in_all_files']} not in all files"
         print(f"mean off-grid mass {entry['off_grid_mean']:.4f}, {left_out}")
-    if raters := report["one_rater"]:
-        print(
-            "one rater against the others: r {pearson:.3f}, RMSE {rmse:.3f} ({ratings} ratings)".format(
-                **raters
-            )
-        )
     numbered = [(str(number), *item) for number, item in enumerate(files.items(), 1)]
     print()
+    if raters := report["one_rater"]:
+        of = {"one rater": raters} | {n: entry["against_others"] for n, _, entry in numbered}
+        head = [f"{raters['ratings']} ratings, against the mean of the others", "r", "RMSE"]
+        print_table(head, [[name, own["pearson"], own["rmse"]] for name, own in of.items()])
     table({f"{n} {kind}": entry[kind] for n, _, entry in numbered for kind in kinds})
     if len(files) > 1:
         print("Difference to 1 on the same records\n")

@@ -27,7 +27,7 @@ from ablations import STEPS, WITHOUT_COT, Setup
 
 import models
 import runs
-from eval import METRICS, one_rater
+from eval import METRICS, against_others
 from records import ROOT, Grid, InputError, read_records
 
 SETTINGS = ROOT / "results/real/settings.json"
@@ -125,11 +125,17 @@ def ridge(train: list[dict], test: list[dict]) -> np.ndarray:
 
 
 def baselines(train: list[dict], test: list[dict]) -> dict:
-    """Return r and RMSE of the ridge regression, and of one rater against the mean of the others."""
-    both = ridge(train, test), np.array([r["score"] for r in test], dtype=float)
-    found = {"ridge": {name: METRICS[name](*both) for name in ("pearson", "rmse")}}
-    raters = one_rater(test)
-    return found | ({"one rater against the others": raters} if raters else {})
+    """Return r and RMSE of a ridge regression, of one rater against the mean of the others and of a constant.
+
+    Pearson's r of the constant, undefined, counts as 0.
+    """
+    true = np.array([r["score"] for r in test], dtype=float)
+    predicted = ridge(train, test)
+    found = {"ridge": {name: METRICS[name](predicted, true) for name in ("pearson", "rmse")}}
+    if raters := against_others(test):
+        found["one rater against the others"] = raters
+    rmse = METRICS["rmse"](np.full_like(true, np.mean([r["score"] for r in train])), true)
+    return found | {"mean training score": {"pearson": 0.0, "rmse": rmse}}
 
 
 def main() -> None:

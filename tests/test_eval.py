@@ -113,6 +113,10 @@ def test_agreement_is_of_the_nearest_grid_points_and_the_ceiling_of_the_raters(l
     assert found["decoded"]["exact"]["value"] == np.mean([row["score"] == 0 for row in rows])
     assert abs(found["prediction"]["length_bias"]["value"]) < 1 and "| length_bias " in printed
     rmse = ((1 + 2 * 0.25) / 3) ** 0.5  # off by 1, by one half, by one half
-    assert "one rater against the others: r 0." in printed and f"RMSE {rmse:.3f} (120 ratings)" in printed
+    assert "| 120 ratings, against the mean" in printed and f" | {rmse:.3f} " in printed
+    others = [(i % 5 + 1 - k / 2, row["prediction"]) for i, row in enumerate(rows) for k in (0, 1, 1)]
+    assert found["against_others"]["rmse"] == pytest.approx(
+        np.sqrt(np.mean([(a - b) ** 2 for a, b in others]))
+    )
     *_, printed = evaluate(lab, *three)
     assert "| 3 prediction " in printed and "decoded" not in printed

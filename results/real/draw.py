@@ -88,8 +88,10 @@ def draw(reports: dict[str, dict], path: Path) -> None:
             bar(left, y, r := cells.of[row, cells.test, reading]["pearson"], color)
             left.plot([r["low"], r["high"]], [y, y], color="black", linewidth=0.8)
         left.set_yticks(range(len(lines)), [line[0] for line in lines])
-        for (name, values), style in zip(report["baselines"].items(), (":", "--"), strict=False):
-            left.axvline(values["pearson"], color="black", linestyle=style, linewidth=1, label=name)
+        for name, style in (("ridge", ":"), ("one rater against the others", "--")):
+            if name in report["baselines"]:
+                r = report["baselines"][name]["pearson"]
+                left.axvline(r, color="black", linestyle=style, linewidth=1, label=name)
         left.legend(frameon=False, fontsize=8, ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1))
         left.set_xlabel(f"{TASKS[task]}: Pearson's r (bar: mean, dots: seeds, line: 95 % interval)")
         for label, row, color in (("p_s", "a1", "tab:blue"), ("p_tract", "tract", "tab:orange")):
