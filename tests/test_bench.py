@@ -15,7 +15,7 @@ from conftest import ROOT
 from transformers import MistralConfig
 
 from data.tiny import ideal, prepare
-from eval import METRICS
+from eval import METRICS, against_others
 
 RESULTS = ROOT / "results/ablations"
 METRICS_SHOWN = ("pearson", "rmse")
@@ -267,7 +267,7 @@ def test_what_the_page_says_of_people_s_scores_is_counted():
 
     for task, many in (
         ("ists", "524 pairs p_tract is nearer in {} and"),
-        ("feedbackqa", "1,422 questions nearer in {},"),
+        ("feedbackqa", "1,422 passages nearer in {},"),
     ):
         p_s, p_tract = (np.abs(np.subtract(*judged(task, row))) for row in ("a1", "tract"))
         text = f"{many} off by more than 2 in {(p_tract > 2).sum()}, p_s in {(p_s > 2).sum()}"
@@ -277,9 +277,18 @@ def test_what_the_page_says_of_people_s_scores_is_counted():
         [[of[name].startswith("This answer is irrelevant") for name in ("p_s", "p_tract")] for of in cots]
     )
     share = [f"{of:.0%}".replace("%", " %") for of in same.mean(0)]
-    assert f"Of its CoTs {share[1]} begin" in page and f"as do {share[0]} of p_s's" in page
+    assert f"CoTs of p_tract there {share[1]} begin" in page and f"as do {share[0]} of p_s's" in page
     r = METRICS["pearson"](*(of[same[:, 1]] for of in judged("feedbackqa", "tract")))
     assert f"r = {r:.2f}".replace("0.", ".") + " with the truth" in page
+    ratings = dict(np.load(committed / "feedbackqa/ratings.npz"))["ratings"].tolist()
+    beside = []  # r and RMSE against the mean of two raters, of p_tract by seed, and of the third rater
+    for seed in (1, 2, 3):
+        probs, _, values = ablations.predictions(f"{committed}/feedbackqa/seed{seed}", "tract.test")
+        rows = [{"prediction": p, "ratings": of} for p, of in zip(probs[:, 0] @ values, ratings, strict=True)]
+        beside.append([against_others(rows, "prediction")[name] for name in METRICS_SHOWN])
+    beside = [np.mean(beside, 0), [against_others(rows)[name] for name in METRICS_SHOWN]]
+    text = "p_tract has r = {:.3f} and an RMSE of {:.3f}, the third rater {:.3f} and {:.3f}"
+    assert re.sub(r"\b0\.", ".", text.format(*beside[0], *beside[1])) in page
     files = [committed / f"{task}/squared_error.json" for task in ("ists", "feedbackqa")]
     errors = [json.loads(path.read_text("utf-8")) for path in files]
     for name, text in (
