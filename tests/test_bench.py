@@ -247,6 +247,7 @@ def test_committed_tables_of_people_s_scores_come_from_the_committed_predictions
 
 
 CONTROLS = (  # as the page calls them, and what is kept of them
+    ("A.1, four epochs of stage 1", "ists", "a1-4.test"),
     ("stage 2 on other pairs' CoTs", "ists", "swapped.test"),
     ("p_tract after another pair's CoT", "ists", "tract.swapped"),
     ("RAFT without CoT, two epochs", "feedbackqa", "raft-2.test"),
