@@ -69,18 +69,20 @@ def ties(p: np.ndarray) -> float:
 
 
 def against_others(rows: list[dict], kind: str = "") -> dict | None:
-    """Return r and RMSE of each rater against the mean of the others, where records have `ratings`.
+    """Return r (None where undefined) and RMSE of each rater against the mean of a record's other raters.
 
-    kind: the prediction (one of KINDS) to put in the rater's place, against the same means.
+    None where no record has several `ratings`. kind: put this prediction (one of KINDS) in the rater's place.
     """
-    pairs = []
-    for row in rows:
-        ratings = row.get("ratings") or []
-        for k, own in enumerate(ratings if len(ratings) > 1 else []):
-            pairs.append((row[kind] if kind else own, np.mean(ratings[:k] + ratings[k + 1 :])))
+    pairs = [
+        (row[kind] if kind else own, np.mean(of[:k] + of[k + 1 :]))
+        for row in rows
+        if len(of := row.get("ratings") or ()) > 1
+        for k, own in enumerate(of)
+    ]
     if not pairs:
         return None
-    return {"ratings": len(pairs)} | {name: METRICS[name](*np.array(pairs).T) for name in ("pearson", "rmse")}
+    found = {name: METRICS[name](*np.array(pairs).T) for name in ("pearson", "rmse")}
+    return {"ratings": len(pairs)} | {name: x if math.isfinite(x) else None for name, x in found.items()}
 
 
 def sampled(p: np.ndarray, rows: list[dict], grid: Grid, picks: list[np.ndarray]) -> dict[str, np.ndarray]:

@@ -75,10 +75,11 @@ def test_other_values_fewer_cots_and_renormalised(lab):
     for i, row in enumerate(rows):
         half = [p / 2 for p in row["score_probs"][0]]
         row |= {"score_probs": [half, half[::-1]], "finished": [True, i > 0], "off_grid": [0.5, 0.3]}
-        row["score"] = 25 * (row["score"] - 1)
+        row |= {"score": 25 * (row["score"] - 1), "ratings": [0, 25 * (i % 3)]}
     arguments = [lab.write("p.jsonl", rows), "--grid", "1=0,2=25,3=50,4=75,5=100"]
     both, printed = evaluate(lab, *arguments)
     assert both["prediction"]["pearson"]["value"] is None and "undefined" in printed  # constant
+    assert both["against_others"]["pearson"] is None
     assert both["prediction"]["mae"]["value"] == pytest.approx(np.mean([abs(r["score"] - 25) for r in rows]))
     assert (both["cots"], both["unfinished_rate"], both["off_grid_mean"]) == (60, 1 / 60, 0.4)
     first, _ = evaluate(lab, *arguments, "--cots", 1, "--renormalise")
