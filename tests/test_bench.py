@@ -257,20 +257,20 @@ CONTROLS = (  # as the page calls them, and what is kept of them
 )
 
 
+def judged(task: str, name: str, seed: int = 1) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return what a row predicts in a test from its first CoT, and the true scores; None if not measured."""
+    found = ablations.predictions(f"{real.SETTINGS.parent}/{task}/seed{seed}", name)
+    return found and (found[0][:, 0] @ found[2], found[1])
+
+
 def test_what_the_page_says_of_people_s_scores_is_counted():
     committed = real.SETTINGS.parent
     page = " ".join((committed / "README.md").read_text("utf-8").split())
-
-    def judged(task: str, row: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return what a row predicts from its first CoT, and the true scores."""
-        probs, true, values = ablations.predictions(f"{committed}/{task}/seed1", f"{row}.test")
-        return probs[:, 0] @ values, true
-
     for task, many in (
         ("ists", "524 pairs p_tract is nearer in {} and"),
         ("feedbackqa", "1,422 passages nearer in {},"),
     ):
-        p_s, p_tract = (np.abs(np.subtract(*judged(task, row))) for row in ("a1", "tract"))
+        p_s, p_tract = (np.abs(np.subtract(*judged(task, f"{row}.test"))) for row in ("a1", "tract"))
         text = f"{many} off by more than 2 in {(p_tract > 2).sum()}, p_s in {(p_s > 2).sum()}"
         assert text.format((p_tract < p_s).sum()) in page
     cots = map(json.loads, (committed / "feedbackqa/cots.jsonl").read_text("utf-8").splitlines())
@@ -279,17 +279,8 @@ def test_what_the_page_says_of_people_s_scores_is_counted():
     )
     share = [f"{of:.0%}".replace("%", " %") for of in same.mean(0)]
     assert f"CoTs of p_tract there {share[1]} begin" in page and f"as do {share[0]} of p_s's" in page
-    r = METRICS["pearson"](*(of[same[:, 1]] for of in judged("feedbackqa", "tract")))
+    r = METRICS["pearson"](*(of[same[:, 1]] for of in judged("feedbackqa", "tract.test")))
     assert f"r = {r:.2f}".replace("0.", ".") + " with the truth" in page
-    ratings = dict(np.load(committed / "feedbackqa/ratings.npz"))["ratings"].tolist()
-    beside = []  # r and RMSE against the mean of two raters, of p_tract by seed, and of the third rater
-    for seed in (1, 2, 3):
-        probs, _, values = ablations.predictions(f"{committed}/feedbackqa/seed{seed}", "tract.test")
-        rows = [{"prediction": p, "ratings": of} for p, of in zip(probs[:, 0] @ values, ratings, strict=True)]
-        beside.append([against_others(rows, "prediction")[name] for name in METRICS_SHOWN])
-    beside = [np.mean(beside, 0), [against_others(rows)[name] for name in METRICS_SHOWN]]
-    text = "p_tract has r = {:.3f} and an RMSE of {:.3f}, the third rater {:.3f} and {:.3f}"
-    assert re.sub(r"\b0\.", ".", text.format(*beside[0], *beside[1])) in page
     files = [committed / f"{task}/squared_error.json" for task in ("ists", "feedbackqa")]
     errors = [json.loads(path.read_text("utf-8")) for path in files]
     for name, text in (
@@ -299,14 +290,27 @@ def test_what_the_page_says_of_people_s_scores_is_counted():
     ):
         late = [np.mean(of[f"{name}.frozen"][-len(of[f"{name}.frozen"]) // 4 :]) for of in errors]
         assert text.format(*(f"{error:.2f}".removeprefix("0") for error in late)) in page
+
+
+def test_controls_and_what_one_rater_reaches_are_counted():
+    committed = real.SETTINGS.parent
+    page = " ".join((committed / "README.md").read_text("utf-8").split())
     for label, task, name in CONTROLS:
-        of_seed = [ablations.predictions(f"{committed}/{task}/seed{seed}", name) for seed in (1, 2, 3)]
-        of_seed = [(probs[:, 0] @ values, true) for probs, true, values in filter(None, of_seed)]
-        line = f"| {label} | {len(of_seed)} |"
+        of_seeds = [found for seed in (1, 2, 3) if (found := judged(task, name, seed))]
+        line = f"| {label} | {len(of_seeds)} |"
         for metric in METRICS_SHOWN:
-            each = [METRICS[metric](*of) for of in of_seed]
+            each = [METRICS[metric](*found) for found in of_seeds]
             line += f" {np.mean(each):.3f}" + (f" ± {np.std(each, ddof=1):.3f} |" if each[1:] else " |")
         assert line in page
+    ratings, judges = dict(np.load(committed / "feedbackqa/ratings.npz"))["ratings"].tolist(), []
+    for seed in (1, 2, 3):
+        predicted, _ = judged("feedbackqa", "tract.test", seed)
+        rows = [{"prediction": p, "ratings": of} for p, of in zip(predicted, ratings, strict=True)]
+        judges.append(against_others(rows, "prediction"))
+    numbers = [np.mean([judge[metric] for judge in judges]) for metric in METRICS_SHOWN]
+    numbers += [against_others(rows)[metric] for metric in METRICS_SHOWN]
+    text = "p_tract has r = {:.3f} and an RMSE of {:.3f}, the third rater {:.3f} and {:.3f}"
+    assert re.sub(r"\b0\.", ".", text.format(*numbers)) in page
 
 
 def test_estimated_memory_is_what_is_measured(run_script, capsys):
