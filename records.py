@@ -10,10 +10,14 @@ One JSON object a line, the same fields through all stages; unknown fields are h
     score         number inside the range of the score grid; 3.67, a mean of three annotators, is as good as 4
     cots          list of str, self-generated CoTs (gen_cot.py, predict.py)
     finished      list of bool, one a CoT: did it reach the suffix by itself?
+    suffix        str, the words that these CoTs were to end in
     score_probs   list of lists, one a CoT: p(score token | prompt, CoT) in the order of the grid (predict.py)
     off_grid      list of float, one a CoT: off-grid mass, the probability of all that is no score
-    prediction    float, CoT-RAIL: the expected score, averaged over the CoTs
-    decoded       float, the most likely score, averaged over the CoTs
+    grid          str, the score grid of score_probs, as --grid takes it
+    renormalised  bool, was the prediction divided by the mass on the grid?
+    prediction    float, CoT-RAIL: the expected score, averaged over the CoTs; null where it was to be
+                  renormalised and there was nothing on the grid
+    decoded       float, the most likely score (the mean of several equally likely), averaged over the CoTs
 """
 
 import itertools
@@ -26,6 +30,7 @@ from typing import Any, NamedTuple
 from data.prometheus_prompt import render_prompt
 
 ROOT = Path(__file__).resolve().parent
+OFF_GRID = 0.05  # mean off-grid mass above which predictions are not on the scale any more
 SUFFIX = " So the overall score is "  # between CoT and score, unless --suffix says otherwise
 
 
@@ -64,19 +69,41 @@ class Grid(NamedTuple):
         return min(range(len(self.values)), key=lambda i: (abs(self.values[i] - score), -self.values[i]))
 
 
-def predicted(score_probs: list[list[float]], grid: Grid, renormalise: bool = False) -> tuple[float, float]:
+def predicted(
+    score_probs: list[list[float]], grid: Grid, renormalise: bool = False
+) -> tuple[float | None, float]:
     """Return `prediction` (CoT-RAIL: Σ_v p(v) · v) and `decoded` (the most likely score), averaged over CoTs.
 
     score_probs: one list a CoT, p(score token) in the order of the grid. `renormalise` divides each expected
-    score by its mass on the grid, which the paper does not; raises InputError where there is none.
+    score by its mass on the grid, which the paper does not. CoTs without such mass are then left out; the
+    prediction is None where no CoT has any. Where several scores are equally likely, decoded is their mean,
+    which leans to neither end of the scale.
     """
-    if renormalise and not all(map(sum, score_probs)):
-        raise InputError("no probability on any score, nothing to renormalise; leave --renormalise away")
-    expected = [sum(p * v for p, v in zip(probs, grid.values, strict=True)) for probs in score_probs]
-    if renormalise:
-        expected = [e / sum(probs) for e, probs in zip(expected, score_probs, strict=True)]
-    decoded = [grid.values[probs.index(max(probs))] for probs in score_probs]
-    return significant(sum(expected) / len(expected)), sum(decoded) / len(decoded)
+    expected, decoded = [], []
+    for probs in score_probs:
+        mean, mass = sum(p * v for p, v in zip(probs, grid.values, strict=True)), sum(probs)
+        if not renormalise:
+            expected.append(mean)
+        elif mass > 0:
+            expected.append(mean / mass)
+        likeliest = [v for p, v in zip(probs, grid.values, strict=True) if p == max(probs)]
+        decoded.append(sum(likeliest) / len(likeliest))
+    prediction = significant(sum(expected) / len(expected)) if expected else None
+    return prediction, sum(decoded) / len(decoded)
+
+
+def off_grid_line(rows: list[dict], grid: Grid) -> str:
+    """Return a line on the mean off-grid mass of judged records, with what to do where predictions suffer.
+
+    rows: as predict.py writes them. Predictions that were not renormalised lie lower by the mass off the grid.
+    """
+    mean = sum(sum(row["off_grid"]) / len(row["off_grid"]) for row in rows) / len(rows)
+    below = sum(row["prediction"] is not None and row["prediction"] < grid.values[0] for row in rows)
+    line = f"mean off-grid mass {mean:.4f}"
+    if any(row["renormalised"] for row in rows) or (mean <= OFF_GRID and not below):
+        return line
+    below = f"; {below} predictions lie below {grid.values[0]:g}" if below else ""
+    return f"{line}: as much of every score is missing{below}. --renormalise divides by the mass on the grid"
 
 
 def significant(number: float) -> float:
