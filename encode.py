@@ -6,6 +6,7 @@
 Training, generation and scoring all encode through this file, so a CoT is read exactly as it was trained on.
 """
 
+import re
 from array import array
 from typing import NamedTuple
 
@@ -42,15 +43,27 @@ def thinks(tokenizer) -> bool | None:
 
 
 def control_tokens(tokenizer) -> dict[int, str]:
-    """Return the tokens that only a chat template may write, such as </s> and <|eot_id|>, by id."""
-    special = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return special | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    """Return the tokens that only a chat template may write, such as </s> and <think>, by id.
+
+    These are all that were added to the vocabulary, but for white space and single letters, which are text.
+    """
+    added = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items()}
+    added = {id: token for id, token in added.items() if len(token.strip()) > 1}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
 def text_ids(tokenizer, text: str) -> list[int]:
-    """Tokenise somebody's text, in which "</s>" or "<|eot_id|>" is text: it can't become a control token."""
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    control = control_tokens(tokenizer)  # a word-level vocabulary still finds them, as words it knows
+    """Tokenise somebody's text, in which "</s>" or "<think>" is text: it can't become a control token."""
+    control = control_tokens(tokenizer)
+    # Tokenizers split up special tokens if asked to, but not the others, as <think>: cut these in two
+    unsplit = {*control.values()} - {*tokenizer.all_special_tokens}
+    starts = re.finditer(f"(?={'|'.join(map(re.escape, unsplit))})", text) if unsplit else []
+    cuts = [start.end() + 1 for start in starts]
+    ids = []
+    for first, last in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        piece = text[first:last]
+        ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
+    # A word-level vocabulary still finds them, as words it knows
     return [tokenizer.unk_token_id if id in control else id for id in ids]
 
 
@@ -96,7 +109,8 @@ def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
     for i, (token, ids) in enumerate(zip(grid.tokens, targets, strict=True)):
         if ids[:-1] != prefix or ids[-1] in (*score_ids[:i], tokenizer.unk_token_id):
             what = f"{name}: scores {grid.tokens[0]!r} and {token!r} do not differ in exactly one token"
-            raise InputError(f"{what} ({targets[0][-3:]}, {ids[-3:]}); take others, as in --grid 1=0,5=100")
+            remedy = "name each by one: --grid 1,2,3,4,5,6,7,8,9,0=10 for 1 to 10, or letters, A=1,B=2,C=3"
+            raise InputError(f"{what} ({targets[0][-3:]}, {ids[-3:]}); {remedy}")
     if tokenizer.eos_token_id is None:
         raise InputError(f"{name}: has no end-of-sequence token; add one to its tokenizer_config.json")
     same = [a == b for a, b in zip(text_ids(tokenizer, cot), prefix, strict=False)]

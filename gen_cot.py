@@ -7,7 +7,6 @@ as rows end, the next prompts take their place. Interrupted, the same command go
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 import time
@@ -25,7 +24,7 @@ import models
 import runs
 from encode import prefix_ids, prompt_ids, score_tokens, thinks
 from loss import Rail, rail
-from models import decode, device, head
+from models import decode, device, head, score_logits
 from records import ROOT, Grid, InputError, read_records
 from runs import COUNT, WEIGHT, Fault
 
@@ -88,8 +87,8 @@ def sample(logits: Tensor, so_far: Tensor, uniform: Tensor, args) -> Tensor:
 
 def random_numbers(name: str, n: int) -> Tensor:
     """Draw n numbers that depend on `name` alone: but for rounding, a CoT is the same in any batch."""
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
-    return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
+    generator = torch.Generator().manual_seed(runs.seed_of(name))
+    return torch.rand(n, generator=generator, dtype=torch.float64).float()
 
 
 class Batch(NamedTuple):  # rows being written, padded on the left
@@ -158,7 +157,8 @@ def write(judge: Judge, prompts: list[list[int]], names: list[str], args, at_onc
             length, begun = F.pad(length, (0, more * n)), begun + more
 
         mask = F.pad(batch.mask, (0, 1), value=1)
-        logits = head(model, decode(model, batch.cache, batch.ids[:, -1:], mask)[:, -1])  # (B, V)
+        hidden = decode(model, batch.cache, batch.ids[:, -1:], mask)[:, -1]  # (B, D)
+        logits = head(model, hidden)  # (B, V)
         tail = batch.ids[:, -len(suffix) :]
         over = (tail == suffix[-tail.shape[1] :]).all(-1) & (length >= len(suffix))
         over |= torch.isin(batch.ids[:, -1], ends) & (length > 0) | (length == limits[rows])
@@ -166,7 +166,7 @@ def write(judge: Judge, prompts: list[list[int]], names: list[str], args, at_onc
         token = sample(logits, so_far, uniform[rows, length], args)  # for rows that are over it is ignored
         batch = Batch(batch.cache, mask, torch.cat([batch.ids, token[:, None]], 1))
         if bool(over.any()):
-            scores = rail(logits[over], **judge.scores)
+            scores = rail(score_logits(model, hidden[over], judge.scores["score_ids"]), **judge.scores)
             gone = zip(rows[over].tolist(), length[over].tolist(), batch.ids[over, :-1].tolist(), strict=True)
             for i, (row, written, ids) in enumerate(gone):
                 yield row, ids[len(ids) - written :], Rail(*(x[i].tolist() for x in scores))
@@ -192,6 +192,10 @@ def write_cots(judge: Judge, records: list[dict], prompts: list, args, at_once: 
         text = judge.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         text, finished, _ = text.partition(judge.grid.suffix.strip())
         wanted = prefix_ids(judge.tokenizer, prompt, text, judge.grid)
+        while len(wanted) >= judge.tokenizer.positions:
+            # Half a character, where a CoT was cut off, takes more ids than were written: leave it out
+            text = text[:-1]
+            wanted = prefix_ids(judge.tokenizer, prompt, text, judge.grid)
         # A CoT without suffix, or one that training would encode otherwise, has to be read again
         cots.append(Cot(text.strip(), bool(finished), wanted, scores if wanted == prompt + ids else None))
     return [cots[i : i + args.num_cots] for i in range(0, len(cots), args.num_cots)]
@@ -205,9 +209,15 @@ def process_file(args, need: tuple[str, ...], texts_of: Callable, answer: Callab
     """
     started, writes = time.time(), not (args.no_cot or args.given)
     runs.check_out(args)
-    if writes and runs.read_json(Path(args.model) / "run.json").get("arguments", {}).get("no_cot"):
-        raise InputError(f"{args.model}: was trained without CoTs, writes none; use predict.py --no-cot")
+    trained = runs.read_json(Path(args.model) / "run.json").get("arguments")
+    if trained and trained["no_cot"] and not args.no_cot:
+        raise InputError(f"{args.model}: was trained without CoTs, knows none; use predict.py --no-cot")
+    if trained and args.no_cot and not trained["no_cot"]:
+        raise InputError(f"{args.model}: was trained with CoTs, needs one; leave --no-cot away")
     records = read_records(args.data, args.grid, need)
+    suffix = args.grid.suffix.strip()
+    if not trained and writes and "[RESULT]" in records[0]["prompt"] and "[RESULT]" not in suffix:
+        print(f"{args.data}: prompts ask for [RESULT], CoTs are to end in '{suffix}': --suffix '[RESULT]'?")
     if args.shard:  # one after another, so that `cat` leaves them in order
         i, n = args.shard
         records = records[len(records) * (i - 1) // n : len(records) * i // n]
@@ -262,6 +272,10 @@ def process_file(args, need: tuple[str, ...], texts_of: Callable, answer: Callab
     shutil.rmtree(part)
     runs.report(length.keys() - done.keys(), f"left out, longer than {longest} tokens")
     runs.report(unfinished, "with a CoT that did not reach the suffix by itself")
+    if writes and 2 * len(unfinished) > len(fitting):
+        print(
+            f"most CoTs never came to '{suffix}': does the prompt ask for these words? --suffix names others"
+        )
     print(f"{args.out}: {len(fitting)} records in {time.time() - started:.0f} s")
 
 
@@ -312,7 +326,11 @@ def main() -> None:
 
     def answer(judge: Judge, records: list[dict], texts: list[list[list[int]]], at_once: int) -> list[dict]:
         written = write_cots(judge, records, [prompt for (prompt,) in texts], args, at_once)
-        return [{"cots": [c.text for c in cots], "finished": [c.finished for c in cots]} for cots in written]
+        suffix = args.grid.suffix.strip()
+        return [
+            {"cots": [c.text for c in cots], "finished": [c.finished for c in cots], "suffix": suffix}
+            for cots in written
+        ]
 
     need = ("id", "prompt", "score")
     process_file(args, need, lambda judge, r: [prompt_ids(judge.tokenizer, r["prompt"])], answer)

@@ -26,14 +26,16 @@ def rail(logits: Tensor, *, score_ids: Tensor, score_values: Tensor) -> Rail:
     score_ids     (S,)      token ids of the score grid
     score_values  (S,)      what those tokens are worth, ascending
 
-    The softmax runs over the whole vocabulary and is not renormalised over the scores, in fp32 at least.
+    The softmax runs over the whole vocabulary and is not renormalised over the scores. All of it is computed
+    in fp32 at least, under autocast too, which would round a matrix product to bf16.
 
     Worked example: V = 4, the scores 1 and 5 are the tokens 2 and 3, and the logits are log [.1, .1, .2, .6].
     Then ŷ = .2 · 1 + .6 · 5 = 3.2, with an off-grid mass of .2.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     probs = logits.softmax(-1)[..., score_ids]  # (..., S)
-    return Rail(probs @ score_values.to(probs.dtype), 1 - probs.sum(-1), probs)
+    expected = (probs * score_values.to(probs.dtype)).sum(-1)
+    return Rail(expected, 1 - probs.sum(-1), probs)
 
 
 def two_hot(true_scores: Tensor, score_values: Tensor) -> Tensor:

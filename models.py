@@ -136,6 +136,25 @@ def head(model, hidden: Tensor) -> Tensor:
     return model.get_output_embeddings()(hidden)  # (..., D) → (..., V)
 
 
+def score_logits(model, hidden: Tensor, score_ids: Tensor) -> Tensor:
+    """Return the logits of positions that may predict a score, (..., D) → (..., V), in fp32.
+
+    A logit near 30 has steps of .125 in bf16: likely scores would tie, and their expectation be blurred. So
+    the columns of the score tokens are multiplied in fp32 once more. The other tokens only enter the sum of
+    the softmax, where the rounding of many averages out.
+    """
+    layer = model.get_output_embeddings()
+    logits = layer(hidden)
+    if logits.dtype == torch.float32:
+        return logits
+    logits = logits.float()
+    with torch.autocast(hidden.device.type, enabled=False):
+        weight = layer.weight[score_ids].float()  # (S, D)
+        bias = None if layer.bias is None else layer.bias[score_ids].float()
+        logits[..., score_ids] = F.linear(hidden.float(), weight, bias)
+    return logits
+
+
 def load_for_training(name: str, lora_rank: int | None, checkpointing: bool, bf16: bool):
     """Load a model with what is to be trained in fp32: at lr 1e-5, weights in bf16 would not move at all.
 

@@ -6,6 +6,8 @@ Works with any checkpoint or hub model, the untrained seed included; records nee
 the mean over N CoTs, --no-cot reads the score after the prompt (plain RAIL), --given takes the records' CoTs.
 """
 
+import json
+
 import torch
 from transformers import DynamicCache
 
@@ -14,8 +16,8 @@ import runs
 from encode import prefix_ids, prompt_ids
 from gen_cot import READ, Cot, Judge, left_pad
 from loss import Rail, rail
-from models import decode, head
-from records import predicted, significant
+from models import decode, score_logits
+from records import off_grid_line, predicted, significant
 
 
 @torch.inference_mode()
@@ -25,7 +27,7 @@ def score(judge: Judge, texts: list[list[int]]) -> list[Rail]:
     while len(found) < len(texts):
         some = texts[len(found) :][: max(1, READ // max(map(len, texts)))]
         last = decode(judge.model, DynamicCache(), *left_pad(some))[:, -1]  # (B, D)
-        scores = rail(head(judge.model, last), **judge.scores)
+        scores = rail(score_logits(judge.model, last, judge.scores["score_ids"]), **judge.scores)
         found += [Rail(*(x[i].tolist() for x in scores)) for i in range(len(some))]
     return found
 
@@ -63,11 +65,18 @@ def main() -> None:
         score_probs = [[significant(p) for p in cot.scores.probs] for cot in cots]
         prediction, decoded = predicted(score_probs, args.grid, args.renormalise)
         fields = {"cots": [cot.text for cot in cots], "finished": [cot.finished for cot in cots]}
-        fields |= {"score_probs": score_probs, "off_grid": [significant(cot.scores.off_grid) for cot in cots]}
+        fields |= {"suffix": args.grid.suffix.strip(), "score_probs": score_probs}
+        fields |= {"off_grid": [significant(cot.scores.off_grid) for cot in cots]}
+        fields |= {"grid": str(args.grid), "renormalised": args.renormalise}
         return fields | {"prediction": prediction, "decoded": decoded}
 
     need = {None: (), "cot": ("cot",), "cots": ("cots", "finished")}[args.given]
     gen_cot.process_file(args, ("id", "prompt", *need), texts_of, answer)
+    with open(args.out, "rb") as lines:
+        rows = [json.loads(line) for line in lines]
+    print(f"{args.out}: {off_grid_line(rows, args.grid)}")
+    empty = [row["id"] for row in rows if row["prediction"] is None]
+    runs.report(empty, "without any mass on the grid: nothing to renormalise, their prediction is null")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def predicted(
 def off_grid_line(rows: list[dict], grid: Grid) -> str:
     """Return a line on the mean off-grid mass of judged records, with what to do where predictions suffer.
 
-    rows: as predict.py writes them. Predictions that were not renormalised lie lower by the mass off the grid.
+    rows: as predict.py writes them. What was not renormalised lies lower by the mass off the grid.
     """
     mean = sum(sum(row["off_grid"]) / len(row["off_grid"]) for row in rows) / len(rows)
     below = sum(row["prediction"] is not None and row["prediction"] < grid.values[0] for row in rows)

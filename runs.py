@@ -48,6 +48,11 @@ def sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def seed_of(name: str) -> int:
+    """Return a random seed that depends on a name alone; like names give seeds that share nothing."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
+
+
 def write_whole(path: str | Path, content: str | Callable[[IO], None]) -> None:
     """Write a text, or what a function writes, beside `path`, flush to disk and rename. Raises Fault."""
     beside = Path(f"{path}.tmp")

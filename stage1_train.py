@@ -31,7 +31,7 @@ import ranks
 import runs
 from encode import Example, encode, score_tokens, thinks
 from loss import Loss, cot_raft_loss
-from models import TINY_SEED, device, head
+from models import TINY_SEED, device, score_logits
 from records import ROOT, InputError, read_records
 from runs import COUNT, SHARE, WEIGHT, Fault
 
@@ -74,8 +74,8 @@ def loss_in_parts(model, rows: Tensor, batch: dict, loss: Callable[..., Loss], b
     for i in range(0, len(rows), size):
         labels = {name: batch[name][i : i + size] for name in ("targets", "is_score", "true_scores")}
         with autocast(bf16):
-            part = loss(head(model, rows[i : i + size]), **labels)
-        yield part
+            logits = score_logits(model, rows[i : i + size], loss.keywords["score_ids"])  # (R, V), fp32
+        yield loss(logits, **labels)
 
 
 def autocast(bf16: bool) -> torch.autocast:
@@ -83,10 +83,13 @@ def autocast(bf16: bool) -> torch.autocast:
     return torch.autocast(device().type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
-def windows(examples: list[Example], size: int, seed: int) -> list[list[Example]]:
-    """Plan an epoch: windows of `size` examples of like length, one an optimiser step, in random order."""
+def windows(examples: list[Example], size: int, seed: str) -> list[list[Example]]:
+    """Plan an epoch: windows of `size` examples of like length, one an optimiser step, in random order.
+
+    seed: a text that names the epoch. Numbers that follow each other would give runs that share epochs.
+    """
     # Sort by length within chunks of 50 steps (less padding), then shuffle the steps
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(runs.seed_of(seed))
     order = [examples[i] for i in torch.randperm(len(examples), generator=random)]
     chunks = [order[i : i + 50 * size] for i in range(0, len(order), 50 * size)]
     order = [e for chunk in chunks for e in sorted(chunk, key=lambda e: len(e.ids))]
@@ -233,10 +236,17 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     how = (args, need, cots_of, tokenizer, score_ids)
     examples, held_out = read_examples(args.data, *how), read_examples(args.valid, *how) if args.valid else []
     size = args.batch_size * args.accumulation
-    plan = [window for epoch in range(args.epochs) for window in windows(examples, size, args.seed + epoch)]
+    plan = []
+    for epoch in range(args.epochs):
+        plan += windows(examples, size, f"{args.seed}/{epoch}")
     tokens, share = sum(len(e.ids) for e in examples), sum(e.supervised for e in examples)
     print(f"{len(examples)} examples, {tokens} tokens, {share / tokens:.0%} supervised; {len(plan)} steps")
     print(f"{len(held_out)} held out" if held_out else "no --valid: nothing is held out")
+    width = args.grid.values[-1] - args.grid.values[0]
+    if args.lam and width != 4:  # the squared error grows with the square of the scale, the others with it
+        scale = (4 / width) ** (2 if args.penalty == "squared" else 1)
+        weight = f"λ = {args.lam:g} weighs as much as {args.lam / scale:g} on 1 to 5"
+        print(f"the grid is {width:g} wide: {weight}; --lambda {scale:.2g} would weigh as much as 1")
     if args.dry_run:
         return show(args, tokenizer, examples[0], score_ids)
 
@@ -257,6 +267,8 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
         weights = ranks.together(model.state_dict()) if args.fsdp else None
         if ranks.rank():
             return
+        log = [json.loads(line) for line in (part / "log.jsonl").read_text("utf-8").splitlines()]
+        check_end(part, [line["taken"] for line in log])
         model.save_pretrained(part, state_dict=weights)
         tokenizer.save_pretrained(part)
     except torch.OutOfMemoryError:
@@ -265,14 +277,22 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
         raise Fault(f"{part}: the checkpoint can't be written ({error}); {runs.GO_ON}") from None
 
     # run.json, then the final name: a folder called args.out is always whole
-    last = json.loads((part / "log.jsonl").read_text("utf-8").splitlines()[-1])
-    facts = {"examples": len(examples), "tokens": tokens, "tokens_per_second": speed, "last_step": last}
+    facts = {"examples": len(examples), "tokens": tokens, "tokens_per_second": speed, "last_step": log[-1]}
     facts |= {"enable_thinking": thinks(tokenizer)}
     runs.write_run(part / "run.json", args, settings, started, **facts)
     part.rename(args.out)
     for name in (*runs.PASSING, "README.md"):  # the last is peft's, a form to fill in
         (args.out / name).unlink(missing_ok=True)
     print(f"{args.out}: stage {args.stage} done in {time.time() - started:.0f} s")
+
+
+def check_end(part: Path, taken: list[bool]) -> None:
+    """Refuse to call a training done that ended in steps that were not finite; say how many. Raises Fault."""
+    skipped = taken.count(False)
+    if skipped:
+        print(f"{skipped} of {len(taken)} steps were not finite and not taken, see log.jsonl")
+    if not any(taken[-2:]):
+        raise Fault(f"{part}: the last steps were not finite, the weights are spoilt; remove it, lower --lr")
 
 
 def read_examples(path: str, args, need: tuple, cots_of: Callable, tokenizer, score_ids) -> list[Example]:
@@ -287,8 +307,11 @@ def read_examples(path: str, args, need: tuple, cots_of: Callable, tokenizer, sc
             named = record | {"id": record["id"] if len(cots) == 1 else f"{record['id']}#{k}", "cot": cot}
             examples.append(encode(tokenizer, named, args.grid, score_ids, args.no_cot))
     fitting = [e for e in examples if len(e.ids) <= longest]
+    if not examples:
+        raise InputError(f"{path}: no CoT in it is finished; train stage 1 longer, or --keep-unfinished")
     if not fitting:
-        raise InputError(f"{path}: no CoT in it is finished and has at most {longest} tokens")
+        shortest = min(len(e.ids) for e in examples)
+        raise InputError(f"{path}: all are longer than {longest} tokens, the shortest has {shortest}")
     runs.report((e.id for e in examples if len(e.ids) > longest), f"left out, longer than {longest} tokens")
     return fitting
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import gen_cot
+import models
 import predict
+import stage1_train
 from encode import prefix_ids, prompt_ids, target_ids
 from gen_cot import Judge, load_judge, sample
 from loss import Rail, rail
@@ -61,6 +63,45 @@ def test_scores_of_cots_without_suffix_and_of_given_ones(name, request, lab, mon
     assert [row["cots"] for row in judged(lab, judge, data, "--given", "cot")] == [[COT]] * 3
     assert [row["cots"] for row in judged(lab, judge, data, "--no-cot")] == [[""]] * 3
     assert len(judged(lab, judge, data, "--max-new-tokens", 1)) == 3
+
+
+def test_in_bf16_no_logit_of_a_score_is_rounded(lab, monkeypatch):
+    """Train, and judge in the three ways: what the loss and RAIL are given does not fit into bf16."""
+    seen = []
+
+    def spy(function):
+        def looking(logits, *args, score_ids, **options):
+            scores = logits[..., score_ids]
+            seen.append(bool((scores != scores.bfloat16()).any()))
+            return function(logits, *args, score_ids=score_ids, **options)
+
+        return looking
+
+    for module, name in ((stage1_train, "cot_raft_loss"), (gen_cot, "rail"), (predict, "rail")):
+        monkeypatch.setattr(module, name, spy(getattr(module, name)))
+    data = ["--data", lab.write("few.jsonl", lab.rows[:4]), "--bf16"]
+    lab.run("stage1_train", *data, "--epochs", 1, "--out", lab.path / "p_s")
+    for number, how in enumerate(([], ["--given", "cot"], ["--no-cot"])):
+        lab.run("predict", "--model", TINY_SEED, *data, *how, "--out", lab.path / f"{number}.jsonl")
+    assert len(seen) >= 4 and all(seen)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_of_scores_are_those_of_float64(bias):
+    """Multiply bf16 weights and states to logits near 30, where bf16 has steps of .125; and backwards."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 500, bias=bias, dtype=torch.bfloat16)
+    model = SimpleNamespace(get_output_embeddings=lambda: layer)
+    hidden = (20 * torch.randn(50, 64)).bfloat16().requires_grad_()
+    ids, exact = torch.tensor([7, 3, 400]), hidden.detach().double().requires_grad_()
+    wanted = exact @ layer.weight[ids].double().T + (layer.bias[ids].double() if bias else 0)
+    found = models.score_logits(model, hidden, ids)
+    assert found.dtype == torch.float32 and found.shape == (50, 500) and wanted.abs().max() > 30
+    torch.testing.assert_close(found[:, ids].double(), wanted, atol=1e-4, rtol=0)
+    assert torch.equal(found[:, 10:400], models.head(model, hidden)[:, 10:400].float())
+    found[:, ids].sum().backward()
+    wanted.sum().backward()
+    torch.testing.assert_close(hidden.grad.double(), exact.grad, atol=0, rtol=1e-2)  # the sum, rounded once
 
 
 SPELLED = [("mistral_tokenizer", False), ("llama31_tokenizer", False)]

@@ -121,6 +121,28 @@ def test_only_the_squared_error_sees_mass_off_the_grid():
     assert torch.cat(found).tolist() == pytest.approx([16, 0, 1.5], abs=1e-6)
 
 
+@pytest.mark.parametrize("values", [[1, 2, 3, 4, 5], [0, 25, 50, 75, 100], [1, 5]])
+def test_under_autocast_nothing_is_rounded_to_bf16(values):
+    """Compare expected scores, penalties and the gradient of a logit with float64, in shares of the grid."""
+    logits = 5 * torch.randn(200, 13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values, ids = torch.tensor(values, dtype=torch.float64), torch.arange(1, len(values) + 1)
+    width = values[-1] - values[0]
+    true = values[0] + width * torch.linspace(0, 1, 200, dtype=torch.float64)
+    found = []
+    for exact in (True, False):
+        x, grid = logits.clone().requires_grad_(), {"score_ids": ids, "score_values": values}
+        if not exact:
+            x, grid["score_values"] = logits.float().requires_grad_(), values.float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=not exact):
+            kinds = [penalty_of(kind, x, true.to(x.dtype), **grid) for kind in ("squared", "rps", "ntl")]
+            penalties = torch.stack([kinds[0] / width, *kinds[1:]]) / width
+            penalties.sum().backward()
+            found.append((rail(x, **grid).expected.detach() / width, penalties.detach(), x.grad))
+    for exact, ours in zip(*found, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), exact, atol=2e-6, rtol=1e-4)
+
+
 def test_gradcheck_and_that_bf16_is_computed_in_fp32():
     logits, batch = random_batch(1)
     for options in ({}, {"score_ce": "two-hot", "penalty": "rps"}):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import stage1_train
 from encode import Example, encode, score_tokens
-from models import TINY_SEED, head
+from models import TINY_SEED
 from records import Grid
 from stage1_train import windows
 
@@ -62,12 +62,13 @@ def test_the_loop_equals_a_plain_one_for_any_split(options, lab, tiny_tokenizer,
     data, valid = lab.write("train.jsonl", rows), lab.write("valid.jsonl", rows[:5])
     _, score_ids = score_tokens(tiny_tokenizer, Grid())
     examples = [encode(tiny_tokenizer, r, Grid(), score_ids) for r in rows]
-    plan = [window for epoch in range(2) for window in windows(examples, 8, 3 + epoch)]
+    plan = [window for epoch in range(2) for window in windows(examples, 8, f"3/{epoch}")]
     model, steps = plain_training(plan, (score_ids, options))
     with torch.no_grad():
         ce, squared = plain_loss(model, examples[:5], score_ids, "")
     seen = []  # rows that the head is applied to at once: never a prompt's, never more than LOGITS allow
-    monkeypatch.setattr(stage1_train, "head", lambda model, x: seen.append(len(x)) or head(model, x))
+    logits = stage1_train.score_logits
+    monkeypatch.setattr(stage1_train, "score_logits", lambda *x: seen.append(len(x[1])) or logits(*x))
     command = ["stage1_train", "--data", data, "--valid", valid, "--epochs", 2, "--seed", 3, *options.split()]
     command += ["--lr", 1e-3, "--warmup", 0.2, "--weight-decay", 0.1]
     for batch_size, accumulation, most in SPLITS:
@@ -78,7 +79,7 @@ def test_the_loop_equals_a_plain_one_for_any_split(options, lab, tiny_tokenizer,
         assert max(seen) <= most and sum(seen) == 2 * sum(e.supervised for e in examples + examples[:5])
         log = lab.read(f"{out.name}/log.jsonl")
         for line, (loss, norm, rate) in zip(log, steps, strict=True):
-            assert line["loss"] == pytest.approx(loss, abs=2e-5)
+            assert line["loss"] == pytest.approx(loss, abs=2e-5, rel=2e-6)  # fp32 holds no more of 21
             assert line["grad_norm"] == pytest.approx(norm, rel=1e-3) and line["lr"] == pytest.approx(rate)
         assert ["valid" in line for line in log] == [False, False, True] * 2
         held_out = {"n": 5, "ce": ce.item(), "rmse": squared.sqrt().item()}
@@ -90,9 +91,9 @@ def test_the_loop_equals_a_plain_one_for_any_split(options, lab, tiny_tokenizer,
 def test_every_example_once_an_epoch_in_windows_of_like_length():
     lengths = [random.Random(i).randrange(9, 99) for i in range(1003)]
     data = [Example(str(i), range(n), 1, 5, 1.0) for i, n in enumerate(lengths)]
-    steps = windows(data, 8, seed=1)
+    steps = windows(data, 8, seed="1/0")
     assert sorted(int(e.id) for step in steps for e in step) == list(range(1003))
-    assert steps != windows(data, 8, seed=2)
+    assert not any(steps == windows(data, 8, seed) for seed in ("1/1", "2/0", "0/1"))
     padded = sum(len(step) * max(len(e.ids) for e in step) for step in steps)
     assert padded < 1.08 * sum(lengths)  # windows drawn at random need 1.7
 
