@@ -70,7 +70,8 @@ def test_which_tokens_are_scores(mistral_tokenizer, tiny_tokenizer, gpt2_tokeniz
     assert score_tokens(mistral_tokenizer, grid)[0] == target[5:9]
     ten, same = Grid(("1", "10"), (1.0, 10.0)), Grid(("2", " 2"), (1.0, 2.0))
     for tokenizer, grid in ((mistral_tokenizer, ten), (tiny_tokenizer, ten), (tiny_tokenizer, same)):
-        with pytest.raises(InputError, match="{!r} and {!r} do not differ in exactly".format(*grid.tokens)):
+        message = "{!r} and {!r} do not differ in exactly one token .* --grid 1,2,3,4,5,6,7,8,9,0=10"
+        with pytest.raises(InputError, match=message.format(*grid.tokens)):
             score_tokens(tokenizer, grid)
     with pytest.raises(InputError, match="record 'a': its score became token 28781"):
         encode(mistral_tokenizer, {"id": "a", "prompt": "p", "cot": "c", "score": 4}, GRID, [9] * 5)
@@ -118,6 +119,29 @@ def test_models_that_can_think_are_told_not_to(name, gpt2_tokenizer, monkeypatch
     text = gpt2_tokenizer.decode(prompt_ids(gpt2_tokenizer, PROMPT))
     assert text.endswith(THINKING[name]) and text.count(PROMPT) == 1
     assert thinks(gpt2_tokenizer) is (None if name == "qwen2_5" else False)
+
+
+def test_tokens_that_were_added_are_text_in_a_text_and_tokens_in_a_template(gpt2_tokenizer):
+    """Qwen's <think> is no special token, and no tokenizer splits it; runs of spaces are ordinary text."""
+    tokenizer = copy.deepcopy(gpt2_tokenizer)
+    tokenizer.add_tokens(["<think>", "</think>", "<think></", "    "])
+    tokenizer.chat_template = BARE + "<think>"
+    text = "Say <think></think>5<think><think></think> in    Java"
+    ids = prompt_ids(tokenizer, text)
+    assert [tokenizer.decode(id) for id in ids if id >= len(gpt2_tokenizer)] == ["    ", "<think>"]
+    assert tokenizer.decode(ids) == f"{text}<think>"
+
+
+TEN = [
+    Grid.parse("1,2,3,4,5,6,7,8,9,0=10"),
+    Grid.parse(",".join(f"{t}={v}" for v, t in enumerate("ABCDEFGHIJ", 1))),
+]
+
+
+@pytest.mark.parametrize("name", ["mistral_tokenizer", "llama31_tokenizer", "byte_tokenizer"])
+@pytest.mark.parametrize("grid", TEN)
+def test_two_ways_to_ten_scores(grid, name, request):
+    assert len({*score_tokens(request.getfixturevalue(name), grid)[1]}) == 10
 
 
 HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\nFlawless. So the overall score is 5"

@@ -153,6 +153,42 @@ def test_every_token_is_what_a_plain_pass_would_sample(kind, at_once, gpt2_token
     assert [found.probs for found in predict.score(judge, texts)] == scores
 
 
+def test_a_cot_of_broken_characters_fits_the_positions(gpt2_tokenizer, lab, monkeypatch):
+    """Each first byte of a character decodes to U+FFFD, which is three tokens when it is read again."""
+    model = lab.checkpoint(gpt2_tokenizer, model_type="gpt2", max_position_embeddings=60)
+    broken = gpt2_tokenizer("🙂").input_ids[0]
+    monkeypatch.setattr(gen_cot, "sample", lambda logits, *_: torch.full((len(logits),), broken))
+    data = ["--model", model, "--data", lab.write("few.jsonl", ROWS), "--out", lab.path / "judged.jsonl"]
+    lab.run("predict", *data)
+    said, (row, *_) = lab.capsys.readouterr().out, lab.read("judged.jsonl")
+    assert row["finished"] == [False] and {*row["cots"][0]} == {"\ufffd"} and len(row["score_probs"][0]) == 5
+    assert "most CoTs never came to 'So the overall score is'" in said and "mean off-grid mass 0." in said
+
+
+def test_a_record_without_mass_on_the_grid_is_marked_and_counted(lab, monkeypatch):
+    score = predict.score
+    nothing = Rail(0.0, 1.0, [0.0] * 5)
+    monkeypatch.setattr(predict, "score", lambda *given: [nothing, *score(*given)[1:]])
+    judge = ["predict", "--model", TINY_SEED, "--data", lab.write("few.jsonl", lab.rows[:3]), "--no-cot"]
+    lab.run(*judge, "--renormalise", "--out", lab.path / "judged.jsonl")
+    said, rows = lab.capsys.readouterr().out, lab.read("judged.jsonl")
+    assert sorted(row["prediction"] is None for row in rows) == [False, False, True]
+    assert "1 records without any mass on the grid: nothing to renormalise" in said
+    assert all(row["renormalised"] and row["grid"] == str(GRID) for row in rows)
+    lab.run(*judge, "--out", lab.path / "plain.jsonl")
+    assert (
+        "as much of every score is missing; 3 predictions lie below 1. --renormalise"
+        in lab.capsys.readouterr().out
+    )
+
+
+def test_prompts_that_ask_for_other_last_words_are_named(lab, capsys):
+    rows = [lab.rows[0] | {"prompt": "Write feedback, then [RESULT] and a score ."}]
+    data = ["--model", TINY_SEED, "--data", lab.write("few.jsonl", rows), "--max-new-tokens", 2]
+    lab.run("predict", *data, "--out", lab.path / "a.jsonl")
+    assert "prompts ask for [RESULT], CoTs are to end in 'So the overall score is'" in capsys.readouterr().out
+
+
 def test_sampling_follows_the_nucleus_and_the_penalty(monkeypatch):
     logits, so_far = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log(), torch.tensor([[0, 0]])
     uniform = (torch.arange(10000) + 0.5) / 10000

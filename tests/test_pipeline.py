@@ -18,6 +18,7 @@ def test_own_records_go_through_every_stage_on_another_grid(mistral_tokenizer, l
     grid = ["--suffix", "[RESULT]", "--grid", "1=0,3=50,5=100"]
     two = ["--max-new-tokens", 12, "--num-cots", 2]
     lab.run("stage1_train", *seed, *data, *grid, *few, "--out", path / "p_s")
+    assert "λ = 1 weighs as much as 625 on 1 to 5; --lambda 0.0016" in lab.capsys.readouterr().out
     lab.run("gen_cot", "--model", path / "p_s", *data, *two, "--out", path / "cots.jsonl")
     cots = ["--data", path / "cots.jsonl", "--valid", path / "cots.jsonl", "--keep-unfinished"]
     lab.run("stage2_train", *seed, *cots, *grid, *few, "--out", path / "p_tract")
@@ -32,6 +33,9 @@ def test_own_records_go_through_every_stage_on_another_grid(mistral_tokenizer, l
         decoded = [(0, 50, 100)[probs.index(max(probs))] for probs in row["score_probs"]]
         assert row["decoded"] == sum(decoded) / 2
     assert json.loads((path / "judged.run.json").read_text())["arguments"]["suffix"] == " [RESULT] "
+    assert (
+        "was trained with CoTs, needs one" in lab.fail(*judge[:-2], "--no-cot", "--out", path / "x.jsonl")[1]
+    )
     for option in (["--suffix", "Score:"], ["--grid", "1,5"]):
         code, said = lab.fail(*judge, "--out", path / "x.jsonl", *option)
         assert code == 2 and "was trained on 1=0,3=50,5=100 after '[RESULT]'" in said

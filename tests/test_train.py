@@ -118,6 +118,17 @@ def test_steps_that_are_not_finite_are_not_taken(lab, monkeypatch):
     assert log[1]["loss"] is None and all(torch.isfinite(p).all() for p in weights)
 
 
+def test_a_training_that_ends_in_steps_that_are_not_finite_is_not_done(lab, monkeypatch):
+    rows, calls = stage1_train.supervised_rows, []
+    broken = lambda *batch: calls.append(1) or rows(*batch) * (torch.nan if len(calls) > 1 else 1)  # noqa: E731
+    monkeypatch.setattr(stage1_train, "supervised_rows", broken)
+    arguments = ["--data", lab.write("t.jsonl", lab.rows[:48]), "--out", lab.path / "out", "--epochs", 1]
+    for _ in range(2):  # the same command again does not make it whole
+        code, said = lab.fail("stage1_train", *arguments)
+        assert code == 1 and "2 of 3 steps were not finite" in said and "the weights are spoilt" in said
+    assert len(calls) == 3 and not (lab.path / "out").exists()
+
+
 def test_default_data_are_fetched(lab, monkeypatch):
     """Run `--model mistral-7b` in a fresh clone: prepare.py gets what is not there."""
     calls, failed = [], subprocess.CompletedProcess([], 2)
