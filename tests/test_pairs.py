@@ -65,7 +65,8 @@ def test_sections_weigh_their_pairs_and_the_total_its_sections(lab):
     assert found["Reasoning", "math"] == (1, 1) and found["Reasoning", ""] == (2, 0.75)
     assert found["total", ""] == (3, pytest.approx(0.875)) and not (out / "figure.png").exists()
     assert "| total " in said and "0.875 [" in said
-    for wrong, message in (([rows[0]], "no whole pair"), ([rows[0] | {"pair": 3}], "no 'pair' and 'chosen'")):
+    unpaired = rows[0] | {"pair": None}
+    for wrong, message in (([rows[0]], "no whole pair"), ([unpaired], "no 'pair' and 'chosen'")):
         args = (lab.write("q.jsonl", wrong), "--pairs", "--grid", "1,2,3", "--out", lab.path / "e2")
         assert message in lab.fail("eval", *args)[1]
 
