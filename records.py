@@ -229,6 +229,11 @@ def check_record(record: dict, grid: Grid, need: Iterable[str]) -> str | None:
     if verdict:
         remedy = "end it before that (data/prepare_helpers.py cuts feedback so): the score is no part of it"
         return f"field 'cot' holds '{verdict[0].strip()[:60]}'; {remedy}"
+    suffix = grid.suffix.strip()
+    if "cots" in need and record.get("suffix") not in (None, suffix):
+        return (
+            f"its CoTs were to end in '{record['suffix']}', not '{suffix}'; write them anew or set --suffix"
+        )
     per_cot = {
         "finished": BOOL[0],
         "cots": TEXT[0],

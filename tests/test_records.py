@@ -48,6 +48,7 @@ BAD_LINES = {  # what the message says → second lines of a file
     "'cot' holds 'So the overall score is'; end it before": [NEXT | {"cot": f"Bad.{SUFFIX}1"}],
     "lies outside the grid (1 to 5)": [NEXT | {"score": 0.99}, NEXT | {"score": 5.01}],
     "'cots' does not hold one entry a CoT": [COTS | {"cots": x} for x in ("cd", ["c"], ["c", 1])],
+    "its CoTs were to end in 'Score:', not 'So the overall score is'": [COTS | {"suffix": "Score:"}],
     "'finished' does not hold one entry a CoT": [COTS | {"finished": x} for x in ([1, 0], [], 2)],
     "'off_grid' does not hold one entry a CoT": [JUDGED | {"off_grid": [0.1]}],
     "does not hold 5 probabilities (is --grid right?) a CoT": [JUDGED | {"score_probs": [[0.5, 0.5]] * 2}],
