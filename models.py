@@ -148,10 +148,11 @@ def score_logits(model, hidden: Tensor, score_ids: Tensor) -> Tensor:
     if logits.dtype == torch.float32:
         return logits
     logits = logits.float()
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         weight = layer.weight[score_ids].float()  # (S, D)
         bias = None if layer.bias is None else layer.bias[score_ids].float()
-        logits[..., score_ids] = F.linear(hidden.float(), weight, bias)
+        # .data: the values alone are replaced, the gradient goes through the product above
+        logits.data[..., score_ids] = F.linear(hidden.float(), weight, bias)
     return logits
 
 

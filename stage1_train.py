@@ -74,8 +74,8 @@ def loss_in_parts(model, rows: Tensor, batch: dict, loss: Callable[..., Loss], b
     for i in range(0, len(rows), size):
         labels = {name: batch[name][i : i + size] for name in ("targets", "is_score", "true_scores")}
         with autocast(bf16):
-            logits = score_logits(model, rows[i : i + size], loss.keywords["score_ids"])  # (R, V), fp32
-        yield loss(logits, **labels)
+            part = loss(score_logits(model, rows[i : i + size], loss.keywords["score_ids"]), **labels)
+        yield part
 
 
 def autocast(bf16: bool) -> torch.autocast:

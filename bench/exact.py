@@ -1,0 +1,141 @@
+"""Compare scores read in bf16 with those of fp32, and what reading them exactly costs.
+
+    python bench/exact.py --model out/real/smollm2 --data out/real/ists/test.jsonl --grid 0,1,2,3,4,5
+
+Reads the score after the annotated CoT of some records in fp32, then in bf16 with three heads: all in bf16,
+the columns of the scores in fp32 (what the scripts do), all in fp32. Prints how many records have several
+likeliest scores, in how many the likeliest is not that of fp32, and by how much the renormalised expectation
+is off. Then a training step and reading scores with the second head, as times of the first, in turns.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from memory import peak_of
+
+import models
+import predict
+import runs
+import stage1_train
+from encode import encode, prefix_ids, prompt_ids
+from gen_cot import load_judge
+from loss import cot_raft_loss, rail
+from records import Grid, read_records
+from results.tables import table
+
+
+def in_bf16(model, hidden, score_ids):
+    """Return what the head gives in the model's own precision."""
+    return models.head(model, hidden)
+
+
+def in_fp32(model, hidden, score_ids):
+    """Return what a head in fp32 gives, which takes a copy of it in fp32."""
+    return hidden.float() @ model.get_output_embeddings().weight.float().T
+
+
+HEADS = {
+    "bf16": in_bf16,
+    "bf16, the head's score columns in fp32": models.score_logits,
+    "bf16, all of the head in fp32": in_fp32,
+}
+
+
+def hidden_states(judge, texts: list[list[int]]) -> torch.Tensor:
+    """Return what the head sees where predict.py reads the score of each text, (n, D)."""
+    seen = []
+
+    def note(model, hidden, score_ids):
+        seen.append(hidden)
+        return models.head(model, hidden)
+
+    with patch.object(predict, "score_logits", note):
+        predict.score(judge, texts)
+    return torch.cat(seen)
+
+
+def compare(args, records: list[dict], grid: Grid) -> None:
+    """Print the table of how far each way is from fp32."""
+    found = {}  # name → p(score), (n, S)
+    for bf16, heads in ((False, {"fp32 throughout": in_bf16}), (True, HEADS)):
+        judge = load_judge(args.model, grid, bf16)
+        prompts = [prompt_ids(judge.tokenizer, record["prompt"]) for record in records]
+        pairs = zip(prompts, records, strict=True)
+        texts = [prefix_ids(judge.tokenizer, prompt, record["cot"], grid) for prompt, record in pairs]
+        hidden = hidden_states(judge, texts)
+        for name, head in heads.items():
+            logits = head(judge.model, hidden, judge.scores["score_ids"])
+            found[name] = rail(logits, **judge.scores).probs.double()
+    values, exact, rows = torch.tensor(grid.values, dtype=torch.float64), found["fp32 throughout"], []
+    for name, p in found.items():
+        expected, wanted = (x @ values / x.sum(1) for x in (p, exact))
+        tied = ((p == p.max(1, keepdim=True).values).sum(1) > 1).sum().item()
+        differ = (p.argmax(1) != exact.argmax(1)).sum().item()
+        error = (expected - wanted).square().mean().sqrt() / (values[-1] - values[0])
+        rows.append([name, tied, differ, f"{error:.4f}"])
+    print(table(["arithmetic", f"tied, of {len(records)}", "likeliest differs", "rms error / range"], rows))
+
+
+def price(args, records: list[dict], grid: Grid) -> None:
+    """Print time and memory of a training step and of reading scores, as ratios to the head in bf16."""
+    judge = load_judge(args.model, grid, True)
+    score_ids = judge.scores["score_ids"].tolist()
+    examples = [encode(judge.tokenizer, r, grid, score_ids) for r in records[:8]]
+    texts = [list(e.ids[: e.score_position]) for e in examples]
+    batch = stage1_train.collate(examples, 0)
+    model = models.load_for_training(args.model, None, True, True)
+    loss = partial(cot_raft_loss, **judge.scores)
+
+    def step() -> None:
+        hidden = stage1_train.supervised_rows(model, batch, True)
+        rows = hidden.detach().requires_grad_()
+        for part in stage1_train.loss_in_parts(model, rows, batch, loss, True):
+            part.total.backward()
+        hidden.backward(rows.grad)
+        model.zero_grad()
+
+    tasks, rows = {"training step": step, "reading scores": lambda: predict.score(judge, texts)}, []
+    for name, task in tasks.items():
+        seconds, peaks = {}, {}
+        for head in [in_bf16, models.score_logits] * (args.rounds + 1):
+            with (
+                patch.object(stage1_train, "score_logits", head),
+                patch.object(predict, "score_logits", head),
+            ):
+                started = time.perf_counter()
+                task()
+                seconds.setdefault(head, []).append(time.perf_counter() - started)
+                if head not in peaks:
+                    peaks[head] = peak_of(task)
+        pairs = zip(seconds[models.score_logits][1:], seconds[in_bf16][1:], strict=True)  # the first warms up
+        ratios = sorted(ours / plain for ours, plain in pairs)
+        spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        rows.append([name, spread, f"{peaks[models.score_logits] / peaks[in_bf16]:.3f}"])
+    print(table(["task", "times as long", "peak memory, times as much"], rows), end="")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
+    add = parser.add_argument
+    add("--model", default="out/real/smollm2", help="checkpoint folder, or hub id")
+    add("--data", default="out/real/ists/test.jsonl", help="JSONL file of records with CoTs")
+    add("--grid", default="0,1,2,3,4,5", help="score grid")
+    add("--records", type=runs.COUNT, default=50, help="how many of them, the first ones")
+    add("--rounds", type=runs.COUNT, default=9, help="turns that each head gets")
+    args = parser.parse_args()
+    grid = Grid.parse(args.grid)
+    records = read_records(args.data, grid, ("id", "prompt", "cot", "score"))[: args.records]
+    compare(args, records, grid)
+    price(args, records, grid)
+
+
+if __name__ == "__main__":
+    runs.run(main)
