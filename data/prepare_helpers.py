@@ -1,17 +1,35 @@
-"""Read and clean the files of other people's data sets, for the prepare.py of each."""
+"""Read and clean the files of other people's data sets, for the prepare.py of each, and write records."""
 
 import json
 import os
+import re
+import tempfile
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from records import InputError
+import runs
+from records import SUFFIX, InputError
+
+SCORE = r"(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*5)?"  # 4, 4.0, 4/5, 4 out of 5
+SAYS = r"(?:(?:so|thus|hence|therefore|the|an?|final|overall|score|rating|is|of)\b[\s,:=*]*)*"
+END = r"[\s.!*\"')\]]*$"
+RESULT = re.compile(rf"\[RESULT\][\s:=*(\"'\[]*{SAYS}(?:{SCORE})?{END}", re.IGNORECASE)
+# A last sentence that is nothing but a score: "###Score: 4", "The final score is 4/5."
+CLOSING = re.compile(rf"(?:^|(?<=[.!?])\s|\n)[\s#*(]*{SAYS}{SCORE}{END}", re.IGNORECASE)
+# "So the overall score is 4", wherever it stands; "So the overall quality is high" as the last sentence
+ANNOUNCED = re.compile(
+    rf"\b(?i:(?:so|thus|hence|therefore),? the (?:overall|final) (?:score|rating))\b(?=[^.!?]*?{SCORE})"
+    r"|\bSo the overall(?=[^.!?]*[.!?\s\"')]*$)"
+)
 
 
-def read_items(path: str) -> list:
+def read_items(path: str | Path) -> list:
     """Read the rows of a JSON array or a JSONL file, objects or not. Raises InputError for any other file."""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise InputError(f"{path}: no such file; download it first")
     number = 1
     try:
@@ -20,9 +38,11 @@ def read_items(path: str) -> list:
             items = json.loads(text)
         else:
             items = []
-            for line in text.split("\n"):
+            for line in text.split("\n"):  # splitlines() would split at U+2028 too, which texts hold
                 items += [json.loads(line)] if line.strip() else []
                 number += 1
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give a file that can be read") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}:{number}: neither a JSON array nor JSONL ({error})") from None
     if not items:
@@ -30,23 +50,80 @@ def read_items(path: str) -> list:
     return items
 
 
+def read_texts(path: str | Path) -> list[list[str]]:
+    """Read `texts` of the records in a file that a prepare.py wrote. Raises InputError."""
+    found = [row.get("texts") if isinstance(row, dict) else None for row in read_items(path)]
+    for number, texts in enumerate(found):
+        if not isinstance(texts, list) or len(texts) != 2 or not all(map(is_text, texts)):
+            raise InputError(f"{path}: row {number} has no two 'texts'; give files that this script wrote")
+    return found
+
+
 def read_hub(hub_id: str, split: str, file: str, by_hand: str):
     """Load a data set from the hub; without the hub, what an earlier run left of it. Raises InputError."""
+    if not os.environ.get("HF_ENDPOINT", "").strip():
+        os.environ.pop("HF_ENDPOINT", None)  # `datasets` would take an empty one at its word
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if not hub.startswith(("https://", "http://")):
+        raise InputError(f"HF_ENDPOINT is {hub!r}; write it with its scheme, as in https://huggingface.co")
     try:
-        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         urllib.request.urlopen(f"{hub}/api/datasets/{hub_id}", timeout=10).close()
-    except OSError:
+    except (OSError, ValueError, HTTPException):
         # Before the import of `datasets`, which would try for half a minute and warn of every try
         os.environ["HF_HUB_OFFLINE"] = "1"
-    import datasets
-
     try:
+        import datasets
+
         return datasets.load_dataset(hub_id, split=split)
     except Exception as error:  # `datasets` and the libraries below it have no base class of errors in common
         raise InputError(
             f"{hub_id}: can't be had from the hub ({type(error).__name__}); download {file} from "
             f"huggingface.co/datasets/{hub_id}, then: python data/{by_hand} {file}"
         ) from None
+
+
+def check_new(*paths: Path | str | None) -> None:
+    """Refuse outputs that are there already, and make the folders they go to. Raises InputError.
+
+    To be called before anything is read or downloaded. None is an output that was not asked for.
+    """
+    paths = [Path(path) for path in paths if path is not None]
+    for path in paths:
+        if os.path.lexists(path):
+            raise InputError(f"{path}: is there already; choose another place for it, or remove it")
+    if len({path.absolute() for path in paths}) < len(paths):
+        raise InputError(f"{paths[0]}: given for two outputs; choose two names")
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{path.parent}: can't be a folder ({error.strerror}); choose another") from None
+
+
+def write_records(files: dict[Path | str, list[dict]]) -> None:
+    """Write JSONL files, all of them or none: a first one alone would stand in the way of a second try."""
+    written = []
+    try:
+        for path, records in files.items():
+            runs.write_whole(path, "".join(map(runs.to_line, records)))
+            written.append(path)
+    except BaseException:
+        for path in written:
+            Path(path).unlink()
+        raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that gets the name `path` when it is filled, and vanishes if that fails."""
+    # A name of its own: OUT.part could be somebody's
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}.", suffix=".part", dir=path.parent) as part:
+        folder = Path(part) / path.name
+        folder.mkdir()
+        yield folder
+        for file in folder.glob("*.safetensors"):  # which only their maker could read
+            file.chmod(folder.stat().st_mode & 0o666)
+        folder.rename(path)
 
 
 def sort_out(made: list, path: str) -> tuple[list, str]:
@@ -57,12 +134,16 @@ def sort_out(made: list, path: str) -> tuple[list, str]:
     """
     kept, reasons = [], {}
     for number, record in enumerate(made):
+        try:
+            json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+        except ValueError:
+            record = "NaN, Infinity or half of a surrogate pair in it"
         if isinstance(record, str):
             reasons.setdefault(record, []).append(number)
         else:
             kept.append(record)
     if not kept:
-        first = made[0] if made else "there is none"
+        first = next(iter(reasons), "there is none")
         raise InputError(f"{path}: nothing to keep, row 0: {first}; is it the right file?")
     lines = []
     for reason, rows in reasons.items():
@@ -85,7 +166,45 @@ def clean_prompt(instruction: str) -> str:
     return before + marker if marker and not after.strip(" \n\"',") else instruction.strip()
 
 
+def read_feedback(feedback: str, label: float | None = None) -> dict | str:
+    """Split a feedback into its reasoning, `cot`, and `score`, or say in a few words why that can't be done.
+
+    label: the score that stands beside the feedback, if one does; the feedback must not contradict it.
+    """
+    cot, announced = split_feedback(feedback)
+    scores = announced if label is None else [label, *announced]
+    if not cot:
+        return "no feedback before the score"
+    if "[RESULT]" in cot.upper() or SUFFIX.strip() in cot:
+        return "a verdict amid the feedback, or a '[RESULT]' that is no score from 1 to 5"
+    if len(set(scores)) > 1:
+        return "scores that disagree"
+    return {"cot": cot, "score": scores[0] if scores else None}
+
+
 def clean_cot(feedback: str) -> str:
     """Cut a feedback where it announces the score ("So the overall", else "[RESULT]"), as the paper does."""
-    cot = feedback.partition("So the overall")[0].partition("[RESULT]")[0]
-    return cot.removeprefix("Feedback:").strip()
+    return split_feedback(feedback)[0]
+
+
+def split_feedback(feedback: str) -> tuple[str, list[float]]:
+    """Return the reasoning of a feedback, and all scores that are announced after it."""
+    cot, scores = feedback.strip(), []
+    patterns = [RESULT, ANNOUNCED, CLOSING]
+    found = last_match(patterns, cot)
+    while found:
+        scores += [float(score) for score in found.groups() if score]
+        cot = cot[: found.start()].rstrip()
+        if found.re is ANNOUNCED:  # an earlier "So the overall" is reasoning
+            patterns.remove(ANNOUNCED)
+        found = last_match(patterns, cot)
+    return cot.removeprefix("Feedback:").strip(), scores
+
+
+def last_match(patterns: list[re.Pattern], text: str) -> re.Match | None:
+    """Return the last match of the first of these patterns that is found in the text."""
+    for pattern in patterns:
+        matches = list(pattern.finditer(text))
+        if matches:
+            return matches[-1]
+    return None

@@ -1,13 +1,19 @@
 """The scripts that prepare data, the data that are committed, and the links of the pages."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 from data.feedback_collection.prepare import is_held_out
+from data.pairs.prepare import convert, names_of
+from data.prepare_helpers import clean_cot, read_feedback, read_hub, read_items
+from records import InputError
 
 LEFT_OUT = re.compile(r"left out (\d+: \S+ \S+)")  # how many, and the first words of the reason
 
@@ -18,17 +24,22 @@ def prepare(name: str, *arguments) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
 
 
-def test_feedback_collection_in_every_spelling_and_held_out_by_prompt(lab):
-    """Keep scores as texts, numbers or [RESULT]; a prompt is held out whatever else is in the file."""
+def test_feedback_collection_in_every_spelling_and_held_out_by_instruction(lab):
+    """Keep scores as texts, numbers or [RESULT]; what is held out depends on the instruction alone."""
     good = {"instruction": 'Rate.\n###Feedback: ",\n', "output": "Feedback: Good. So the overall [RESULT] 4"}
     rows = [good | {"orig_score": score} for score in ("4", 4, 4.0, "4.0", None)]
     rows += [{"instruction": " The ###Feedback: of me. ", "orig_feedback": "Bad. [RESULT] 1"}, "text", None]
     rows += [good | {"instruction": " "}, good | {"instruction": "\ud800"}, good | {"output": "[RESULT] 3"}]
     rows += [good | {"orig_score": 6}, good | {"output": "No score."}]
-    rows += [{"instruction": f"{i % 98}", "output": "Good. [RESULT] 4"} for i in range(196)]
+    rendered = "###The instruction to evaluate:\n{} \n\n###Response to evaluate:\n{}\n\n###Feedback:"
+    rows += [
+        {"instruction": rendered.format(i % 49, i), "output": "Good. [RESULT] 4"}
+        | ({"orig_instruction": f" {i % 49}"} if i % 2 else {})
+        for i in range(196)
+    ]
     (lab.path / "fc.json").write_text("\ufeff" + json.dumps(rows), "utf-8")
-    how = ("feedback_collection", "--file", lab.path / "fc.json", "--out", lab.path, "--valid-fraction")
-    said, made = prepare(*how, 0), lab.read("train.jsonl")
+    how = ("feedback_collection", lab.path / "fc.json", "--valid-fraction")
+    said, made = prepare(*how, 0, "--out", lab.path / "all"), lab.read("all/train.jsonl")
     same = {"prompt": "Rate.\n###Feedback:", "cot": "Good.", "score": 4}
     assert made[:5] == [{"id": f"fc-{i:06}"} | same for i in range(5)]
     assert made[5] == {"id": "fc-000005", "prompt": "The ###Feedback: of me.", "cot": "Bad.", "score": 1}
@@ -36,10 +47,44 @@ def test_feedback_collection_in_every_spelling_and_held_out_by_prompt(lab):
     assert LEFT_OUT.findall(said) == ["2: not an", "2: no text", "1: no feedback", "2: no score"]
     assert "neither in 'orig_score' nor as '[RESULT] 4' (row 11, 12)" in said
 
-    prepare(*how, 0.3)
-    train, valid = ({row["prompt"] for row in lab.read(f"{name}.jsonl")} for name in ("train", "valid"))
+    prepare(*how, 0.3, "--out", lab.path)
+    instructions = re.compile(r"instruction to evaluate:\\n(\d+)")  # as JSON writes it
+    texts = [(lab.path / f"{side}.jsonl").read_text() for side in ("train", "valid")]
+    train, valid = (set(instructions.findall(text)) for text in texts)
     alone, otherwise = ({p for p in train | valid if is_held_out(p, 0.3, seed)} for seed in (0, 1))
-    assert valid == alone != otherwise and not train & valid and 15 < len(valid) < 45 < len(train)
+    assert valid == alone != otherwise and not train & valid and 7 < len(valid) < 24 < len(train)
+
+
+@pytest.mark.parametrize(
+    ("feedback", "label", "made"),
+    [
+        ("Feedback: Good. [RESULT] 4.", None, ("Good.", 4)),
+        ("Good. [RESULT] **4/5**", None, ("Good.", 4)),
+        ("Good. [RESULT] 4 [RESULT] Score: 4.0", None, ("Good.", 4)),
+        ("Good. [RESULT] 4. So the overall score is 4.", None, ("Good.", 4)),
+        ("Good. [RESULT] 4 [RESULT] 5", None, "disagree"),
+        ("Good. [RESULT] 4", 5, "disagree"),
+        ("Good. So the overall score is 3. [RESULT] 4", 4, "disagree"),
+        ("Good. [RESULT] 4.5", 4, "disagree"),
+        ("Good. [RESULT] 5/10", None, "a verdict amid"),
+        ("Good. [RESULT] 4-5", None, "a verdict amid"),
+        ("It prints [RESULT] 4 as asked. So the overall score is 4. [RESULT] 4", 4, "a verdict amid"),
+        ("Good, so the overall score is 4 out of 5, for 2 faults. [RESULT] 4", 4, ("Good,", 4)),
+        ("Fine.\n###Score: 4", 4, ("Fine.", 4)),
+        ("Fine. 3/5", 4, "disagree"),
+        ("It costs 4.5, at least 3.", 4, ("It costs 4.5, at least 3.", 4)),
+        ("Score: 4. [RESULT] 4", 4, "no feedback"),
+    ],
+)
+def test_a_feedback_is_cut_at_its_verdict_and_left_out_where_it_is_ambiguous(feedback, label, made):
+    found = read_feedback(feedback, label)
+    assert made in found if isinstance(made, str) else (found["cot"], found["score"]) == made
+
+
+def test_a_cot_is_cut_at_the_last_announcement():
+    early = "It prints [RESULT]. So the overall tone is fine."
+    assert clean_cot(f"Feedback: {early} So the overall score is 4. [RESULT] 4") == early
+    assert clean_cot("So the overall tone is fine. But it errs. [RESULT] 2").endswith("But it errs.")
 
 
 def test_bench_items_with_one_label_or_several(lab):
@@ -54,8 +99,8 @@ def test_bench_items_with_one_label_or_several(lab):
     assert [row["score"] for row in lab.read("test.jsonl")] == [3.5, 3.5, 4]
     made = [(row["id"][-6:], row["cot"], row["score"]) for row in lab.read("train.jsonl")]
     assert made == [("0000-1", "Fine.", 3), ("0002-1", "a", 3), ("0002-2", "b", 4), ("0004-1", "Good.", 4)]
-    prepare("prometheus_bench", file, "--out", out, "--label", "human_score")
-    assert lab.read("test.jsonl") == [{"id": "bench-0004", "prompt": "Rate.", "score": 3.5}]
+    prepare("prometheus_bench", file, "--out", lab.path / "human.jsonl", "--label", "human_score")
+    assert lab.read("human.jsonl") == [{"id": "bench-0004", "prompt": "Rate.", "score": 3.5}]
     for wrong in ("1: [1, 2", '2: {"a": 1}\n{"b"', " no rows: []", " nothing to keep: [{}]"):
         message, _, text = wrong.partition(": ")
         file.write_text(text)
@@ -83,10 +128,9 @@ def test_feedbackqa_averages_raters_and_takes_the_explanation_of_one_or_of_each(
         item | {"question": "WHO?"},
     ]
     (lab.path / "items.json").write_text(json.dumps(items))
-    lab.write("other.jsonl", [{"texts": ["Who?", ""]}])
+    lab.write("other.jsonl", [{"texts": ["Who?", "Health\u2028Organization"]}])  # which ends no line
     how = (
         "feedbackqa",
-        "--file",
         lab.path / "items.json",
         "--without",
         lab.path / "other.jsonl",
@@ -102,6 +146,9 @@ def test_feedbackqa_averages_raters_and_takes_the_explanation_of_one_or_of_each(
     each = lab.read("each.jsonl")
     assert [r["cot"] for r in each] == ["It says why.", "It does not.", "It does, in part."]
     assert record["cot"] in [r["cot"] for r in each] and len({r["id"] for r in each}) == 3
+    for name, message in (("missing", "missing: no such file"), ("items.json", "row 0 has no two 'texts'")):
+        said = prepare("feedbackqa", how[1], "--out", lab.path / "no", "--without", lab.path / name)
+        assert message in said and said.count("\n") == 1
 
 
 def test_interpretable_sts_puts_alignments_into_words_and_averages_scores(lab):
@@ -143,6 +190,95 @@ def test_committed_tiny_data_is_what_its_script_makes(lab):
         prepare("tiny", "--out", lab.path, "--targets", targets)
     committed = {path.name: path.read_bytes() for path in (ROOT / "data/tiny").glob("*.jsonl")}
     assert committed == {path.name: path.read_bytes() for path in lab.path.iterdir()} and len(committed) == 8
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("feedback_collection.prepare", "none.json --out {}/train.jsonl"),
+        ("feedback_collection.prepare", "none.json --out {}/valid.jsonl"),
+        ("feedbackqa.prepare", "none.json --out {}/made.jsonl"),
+        ("ists.prepare", "--alignments none --gold none --out {}/made.jsonl"),
+        ("ists.prepare", "--alignments none --gold none --out {}/new.jsonl --valid {}/made.jsonl"),
+        ("pairs.prepare", "none.json --out {}/made.jsonl"),
+        ("prometheus_bench.prepare", "none.json --out {}/made.jsonl"),
+        ("prometheus_bench.prepare", "none.json --out {}/new.jsonl --train {}/made.jsonl"),
+        ("smollm2.prepare", "--out {}/made"),
+        ("tiny.prepare", "--out {}/test.jsonl"),
+        ("tiny.make_seed", "--steps 1 --out {}/made"),
+    ],
+)
+def test_nothing_is_written_over(lab, script, words):
+    """Refuse each output that is there, before anything is read; what is in it stays."""
+    *options, out = words.format(lab.path, lab.path).split()
+    kept = Path(out)
+    if script.split(".")[0] in ("feedback_collection", "tiny") and kept.suffix:
+        options.append(str(kept.parent))  # --out is a folder
+    else:
+        options.append(out)
+    if kept.suffix:
+        kept.write_text("mine")
+    else:
+        kept.mkdir()
+        kept = kept / "notes.txt"
+        kept.write_text("mine")
+    code, said = lab.fail(f"data.{script}", *options)
+    assert code == 2 and f"{out}: is there already" in said and said.count("\n") == 1
+    assert [path for path in lab.path.rglob("*") if path.is_file()] == [kept] and kept.read_text() == "mine"
+
+
+def test_of_two_files_both_are_written_or_none(lab):
+    file, out = lab.path / "bench.json", lab.path / "test.jsonl"
+    file.write_text('[{"instruction": "Rate.", "gpt4_score": 3, "gpt4_feedback": "Fine."}]')
+    (lab.path / "test.jsonl.tmp").mkdir()  # so that it can't be written
+    how = ("data.prometheus_bench.prepare", file, "--out", out, "--train")
+    assert lab.fail(*how, lab.path / "train.jsonl")[0] == 1
+    assert lab.fail(*how, out) == (2, f"{out}: given for two outputs; choose two names\n")
+    assert {path.name for path in lab.path.iterdir()} == {"bench.json", "test.jsonl.tmp"}
+
+
+def test_the_seed_model_appears_whole_and_spares_what_stands_beside_it(lab):
+    kept = lab.write("seed.part", lab.rows[:1])
+    lab.run("data.tiny.make_seed", "--out", lab.path / "seed", "--steps", 1, "--hidden", 64, "--layers", 1)
+    assert {path.name for path in lab.path.iterdir()} == {"seed", "seed.part"} and kept.is_file()
+    assert {path.stat().st_mode & 0o044 for path in (lab.path / "seed").iterdir()} == {
+        0o044
+    }  # for all to read
+
+
+def test_files_of_pairs_are_told_apart_and_labels_read_in_every_spelling(tmp_path):
+    same = ["Natural/dataset.json", "Adversarial/Neighbor/dataset.json", "Manual.json"]
+    assert names_of(same) == ["Natural", "Neighbor", "Manual"]
+    assert names_of(["a/x/d.json", "b/x/d.json"]) == ["a/x/d.json", "b/x/d.json"]
+    with pytest.raises(InputError, match="given twice"):
+        names_of(["d.json", "./d.json"])
+    row = {"input": "Hi", "output_1": "Hello.", "output_2": "No."}
+    chosen = {1.0: "Hello.", "1": "Hello.", 2: "No.", "2.0": "No."}
+    for label, text in chosen.items():
+        assert convert(row | {"label": label}, "p", "f", "r")[0]["response"] == text
+    for label in (True, None, 0, 3, 1.5, "A", [1], {}):
+        assert convert(row | {"label": label}, "p", "f", "r") == "'label' is neither 1 nor 2"
+
+
+def test_hub_addresses_that_are_none(monkeypatch):
+    asked = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda address, timeout: asked.append(address))
+    monkeypatch.setattr("datasets.load_dataset", lambda hub_id, split: [hub_id, split])
+    monkeypatch.setenv("HF_ENDPOINT", " ")
+    with pytest.raises(AttributeError):  # the address was well-formed; there is nothing to close
+        read_hub("a/b", "train", "b.json", "b/prepare.py")
+    assert asked == ["https://huggingface.co/api/datasets/a/b"] and "HF_ENDPOINT" not in os.environ
+    monkeypatch.setenv("HF_ENDPOINT", "mirror.org")
+    with pytest.raises(InputError, match="write it with its scheme"):
+        read_hub("a/b", "train", "b.json", "b/prepare.py")
+
+
+def test_a_pipe_is_a_file_and_a_folder_is_none(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["sh", "-c", "echo '[1]' > pipe"], cwd=tmp_path):
+        assert read_items(tmp_path / "pipe") == [1]
+    with pytest.raises(InputError, match="give a file"):
+        read_items(tmp_path)
 
 
 def test_the_readme_is_short_and_links_lead_to_what_they_name():

@@ -2,14 +2,13 @@
 
     python data/feedbackqa/prepare.py --out train.jsonl                       # from the hub
     python data/feedbackqa/prepare.py --split test --out test.jsonl
-    python data/feedbackqa/prepare.py --file train.json --out train.jsonl     # from a local file of items
+    python data/feedbackqa/prepare.py train.json --out train.jsonl            # from a local file of items
 
 Two or three raters judged each passage in one of four words, 1 to 4 here, and explained why: the score is
 their mean, the CoT the explanation of one of them. `ratings` keeps all, in the order of the raters.
 """
 
 import argparse
-import json
 import random
 import sys
 from pathlib import Path
@@ -17,7 +16,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import runs
-from data.prepare_helpers import is_text, read_hub, read_items, sort_out
+from data.prepare_helpers import (
+    check_new,
+    is_text,
+    read_hub,
+    read_items,
+    read_texts,
+    sort_out,
+    write_records,
+)
 
 HUB_ID = "McGill-NLP/feedbackQA"
 RATINGS = {"Bad": 1, "Could be Improved": 2, "Acceptable": 3, "Excellent": 4}
@@ -34,12 +41,15 @@ def convert(row: Any, number: int, args, without: set[str]) -> dict | str:
     """Turn an item into a record with all its explanations, or say in a few words why it can't be one."""
     try:
         question, page = row["question"].strip(), row["passage"]["reference"]
-        title = [page["page_title"], *page["section_headers"]][-1]  # the nearest says most
+        headers = page["section_headers"]
+        title = [page["page_title"], *headers][-1]  # the nearest says most
         words = page["section_content"].split()
         ratings, cots = [RATINGS[name] for name in row["rating"]], row["feedback"]
     except (KeyError, TypeError, AttributeError) as error:
         return f"not an item of FeedbackQA ({type(error).__name__}: {error})"
-    if not (question and words and ratings and len(ratings) == len(cots) and all(map(is_text, cots))):
+    lists = isinstance(headers, list) and isinstance(cots, list)
+    texts = lists and all(map(is_text, [question, title, *cots]))
+    if not (texts and words and ratings and len(ratings) == len(cots)):
         return "an empty question, passage, rating or explanation"
     if question.lower() in without:
         return "a question of another file"
@@ -60,7 +70,7 @@ def with_cot(record: dict, args) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     add = parser.add_argument
-    add("--file", help="local JSON array or JSONL file of items; None: the hub data set")
+    add("file", nargs="?", help="JSON array or JSONL file of items; none: the hub data set")
     add("--split", default="train", help="split of the hub data set")
     add("--out", type=Path, required=True, help="JSONL file to write")
     add(
@@ -74,20 +84,18 @@ def main() -> None:
     add("--all-raters", action="store_true", help="a record for every rater, not one for every item")
     add("--seed", type=runs.SEED, default=0, help="random seed of whose explanation is taken")
     args = parser.parse_args()
-    others = [line for path in args.without for line in Path(path).read_text("utf-8").splitlines()]
-    without = {json.loads(line)["texts"][0].lower() for line in others}
-    file = f"feedback_{args.split}.json"
-    items = (
-        read_items(args.file)
-        if args.file
-        else read_hub(HUB_ID, args.split, file, "feedbackqa/prepare.py --file")
-    )
+    check_new(args.out)
+    without = {question.lower() for path in args.without for question, _ in read_texts(path)}
+    if args.file:
+        items = read_items(args.file)
+    else:
+        items = read_hub(HUB_ID, args.split, f"feedback_{args.split}.json", "feedbackqa/prepare.py")
     kept, left_out = sort_out(
         [convert(row, n, args, without) for n, row in enumerate(items)], args.file or HUB_ID
     )
     print(left_out, end="")
     records = [record for item in kept for record in with_cot(item, args)]
-    runs.write_whole(args.out, "".join(map(runs.to_line, records)))
+    write_records({args.out: records})
     print(f"{args.out}: {len(records)} records of {len({r['texts'][0] for r in records})} questions")
 
 

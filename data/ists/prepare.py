@@ -9,14 +9,13 @@ annotator's alignment of the two sentences, chunk by chunk, put into words. --va
 
 import argparse
 import hashlib
-import json
 import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import runs
-from data.prepare_helpers import sort_out
+from data.prepare_helpers import check_new, read_texts, sort_out, write_records
 from records import InputError
 
 PROMPT = """\
@@ -41,13 +40,21 @@ def key(*sentences: str) -> tuple[str, ...]:
     return tuple(re.sub(r"[^a-z0-9]", "", sentence) for sentence in plain)
 
 
+def read_utf8(path: Path) -> str:
+    """Read a text file in UTF-8. Raises InputError."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: no file of text in UTF-8 ({error}); get it anew") from None
+
+
 def read_gold(folder: Path) -> dict[tuple, tuple[list[float], list[str]]]:
     """Return the scores of every pair, and its sentences as they were shown. Raises InputError."""
     gold = {}
     for path in sorted(folder.glob("*.tsv")):
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        for number, line in enumerate(read_utf8(path).rstrip("\n").split("\n"), 1):
             score, *pair = line.split("\t")
-            if len(pair) != 2:
+            if len(pair) != 2 or not re.fullmatch(r"[0-4](\.\d+)?|5(\.0+)?|", score):
                 raise InputError(f"{path}:{number}: not score, sentence, sentence with tabs between them")
             if score:
                 gold.setdefault(key(*pair), ([], pair))[0].append(float(score))
@@ -95,7 +102,10 @@ def convert(source: str, block: re.Match, gold: dict, seen: set) -> dict | str:
         return "a pair that is there already"
     seen.add(key(*pair))
     scores, shown = gold[key(*pair)]
-    cot = in_words(re.findall(r"^.*<==>.*$", block[0].partition("<alignment>")[2], re.MULTILINE))
+    try:
+        cot = in_words(re.findall(r"^.*<==>.*$", block[0].partition("<alignment>")[2], re.MULTILINE))
+    except (ValueError, IndexError):
+        return "an alignment that is not 'places // label // score // chunks'"
     if not cot:
         return "no chunk with a word in it"
     record = {"id": f"{source}-{block[1]}", "prompt": PROMPT.format(*shown), "cot": cot}
@@ -113,21 +123,25 @@ def main() -> None:
     add("--valid-size", type=runs.COUNT, default=150, help="how many of them")
     add("--seed", type=runs.SEED, default=0, help="random seed of which they are")
     args = parser.parse_args()
-    gold, seen, made = read_gold(args.gold), set(), []
-    if args.without:
-        lines = Path(args.without).read_text("utf-8").splitlines()
-        seen = {key(*json.loads(line)["texts"]) for line in lines}
-    for path in sorted(args.alignments.glob("*.wa")):
-        source = path.name.split(".")[2]
-        made += [convert(source, block, gold, seen) for block in SENTENCE.finditer(path.read_text("utf-8"))]
+    check_new(args.valid, args.out)
+    seen = {key(*texts) for texts in read_texts(args.without)} if args.without else set()
+    gold, made = read_gold(args.gold), []
+    paths = sorted(args.alignments.glob("*.wa"))
+    sources = [path.stem.split(".")[-1] for path in paths]  # of STSint.input.images.wa: images
+    for path, source in zip(paths, sources, strict=True):
+        name = source if sources.count(source) == 1 else path.stem
+        made += [convert(name, block, gold, seen) for block in SENTENCE.finditer(read_utf8(path))]
     kept, left_out = sort_out(made, str(args.alignments))
     print(left_out, end="")
     order = sorted(kept, key=lambda r: hashlib.sha256(f"{args.seed}/{r['prompt']}".encode()).digest())
     held_out = {r["id"] for r in order[: args.valid_size]} if args.valid else set()
-    for path, ids in ((args.out, {r["id"] for r in kept} - held_out), (args.valid, held_out)):
-        if ids:
-            runs.write_whole(path, "".join(runs.to_line(r) for r in kept if r["id"] in ids))
-            print(f"{path}: {len(ids)} records")
+    files = {args.valid: [r for r in kept if r["id"] in held_out]} if args.valid else {}
+    files[args.out] = [r for r in kept if r["id"] not in held_out]
+    if not files[args.out]:
+        raise InputError(f"--valid-size {args.valid_size}: all {len(kept)} records; give a smaller one")
+    write_records(files)
+    for path, records in files.items():
+        print(f"{path}: {len(records)} records")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python data/pairs/prepare.py --out pairs.jsonl                              # RewardBench, from the hub
     python data/pairs/prepare.py Natural.json Neighbor.json --out pairs.jsonl   # LLMBar, a subset a file
+    python data/pairs/prepare.py */dataset.json --out pairs.jsonl               # the same: a subset a folder
 
 Sees by itself what a row is: RewardBench (prompt, chosen, rejected), RewardBench 2 (lists of these), LLMBar
 (input, output_1, output_2, label), or whole rendered prompts as in prometheus-eval's files
@@ -10,13 +11,23 @@ Sees by itself what a row is: RewardBench (prompt, chosen, rejected), RewardBenc
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import runs
-from data.prepare_helpers import clean_prompt, is_text, read_hub, read_items, sort_out
+from data.prepare_helpers import (
+    check_new,
+    clean_prompt,
+    is_text,
+    read_hub,
+    read_items,
+    sort_out,
+    write_records,
+)
+from records import InputError
 
 HUB_IDS = {"rewardbench": "allenai/reward-bench", "rewardbench2": "allenai/reward-bench-2"}
 SPLITS = {"rewardbench": "filtered", "rewardbench2": "test"}
@@ -37,10 +48,13 @@ def texts_of(row: Any) -> tuple[list, list, str] | str:
     if "chosen_instruction" in row:
         return [row["chosen_instruction"]], [row.get("rejected_instruction")], "prompt"
     if "output_1" in row:
-        if row.get("label") not in (1, 2):
-            return "'label' is neither 1 nor 2"
-        both = [row["output_1"], row.get("output_2")]
-        return [both.pop(row["label"] - 1)], both, "response"
+        first, second = row["output_1"], row.get("output_2")
+        label = str(row.get("label")).strip()
+        if label in ("1", "1.0"):
+            return [first], [second], "response"
+        if label in ("2", "2.0"):
+            return [second], [first], "response"
+        return "'label' is neither 1 nor 2"
     chosen, rejected = (x if isinstance(x, list) else [x] for x in (row.get("chosen"), row.get("rejected")))
     if row.get("subset") == "Ties":
         return "of the subset Ties, which has a rule of its own"
@@ -71,6 +85,21 @@ def convert(row: Any, pair: str, file: str, rubric: str) -> list[dict] | str:
     ]
 
 
+def names_of(files: list[str]) -> list[str]:
+    """Name each file: its stem, or its folder where others have that stem too, or else all of its path.
+
+    Raises InputError where a file is given twice.
+    """
+    real = [os.path.realpath(file) for file in files]
+    for file, path in zip(files, real, strict=True):
+        if real.count(path) > 1:
+            raise InputError(f"{file}: given twice; leave one away")
+    paths = [Path(os.path.abspath(file)) for file in files]
+    stems = [path.stem for path in paths]
+    names = [path.stem if stems.count(path.stem) == 1 else path.parent.name for path in paths]
+    return names if len(set(names)) == len(names) else files
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     add = parser.add_argument
@@ -79,7 +108,9 @@ def main() -> None:
     add("--out", required=True, help="JSONL file to write")
     add("--rubric", default=RUBRIC, help="what the judge is to look at, for rows without a rendered prompt")
     args = parser.parse_args()
-    sources = {Path(file).stem: (file, read_items(file)) for file in args.files}
+    check_new(args.out)
+    names = names_of(args.files)
+    sources = {name: (file, read_items(file)) for name, file in zip(names, args.files, strict=True)}
     if not sources:
         hub_id = HUB_IDS[args.hub]
         rows = read_hub(hub_id, SPLITS[args.hub], f"{args.hub}.json", "pairs/prepare.py")
@@ -90,7 +121,7 @@ def main() -> None:
         kept, left_out = sort_out(made, source)
         records += [record for pair in kept for record in pair]
         print(f"{source}: {len(rows)} rows read, {len(kept)} pairs kept\n{left_out}", end="")
-    runs.write_whole(args.out, "".join(map(runs.to_line, records)))
+    write_records({args.out: records})
     print(f"{args.out}: {len(records)} records")
 
 

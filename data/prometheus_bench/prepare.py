@@ -15,12 +15,24 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import runs
-from data.prepare_helpers import clean_cot, clean_prompt, is_text, read_items, sort_out
+from data.prepare_helpers import (
+    check_new,
+    clean_prompt,
+    is_text,
+    read_feedback,
+    read_items,
+    sort_out,
+    write_records,
+)
 from records import is_number
 
 
 def as_list(value: Any) -> list:
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def is_score(value: Any) -> bool:
+    return is_number(value) and 1 <= value <= 5
 
 
 def convert(item: Any, id: str, label: str) -> dict | str:
@@ -30,8 +42,8 @@ def convert(item: Any, id: str, label: str) -> dict | str:
     if not is_text(item.get("instruction")):
         return "no text in 'instruction'"
     scores = as_list(item.get(label))
-    if not scores or not all(map(is_number, scores)):
-        return f"'{label}' is neither a number nor a list of numbers"
+    if not scores or not all(map(is_score, scores)):
+        return f"'{label}' is neither a number from 1 to 5 nor a list of such numbers"
     return {"id": id, "prompt": clean_prompt(item["instruction"]), "score": sum(scores) / len(scores)}
 
 
@@ -40,13 +52,15 @@ def feedbacks(item: dict, record: dict) -> list[dict | str]:
     texts, scores = as_list(item.get("gpt4_feedback")), as_list(item.get("gpt4_score"))
     found = []
     for k, text in enumerate(texts):
-        if not is_text(text) or not clean_cot(text):
+        if not is_text(text):
             found.append("no text in 'gpt4_feedback'")
-        elif k >= len(scores) or not is_number(scores[k]):
+        elif k >= len(scores) or not is_score(scores[k]):
             found.append("no label of its own")
         else:
-            own = {"id": f"{record['id']}-{k + 1}", "cot": clean_cot(text), "score": scores[k]}
-            found.append(record | own)
+            judgement = read_feedback(text, scores[k])
+            if isinstance(judgement, dict):
+                judgement = record | judgement | {"id": f"{record['id']}-{k + 1}"}
+            found.append(judgement)
     return found
 
 
@@ -59,18 +73,22 @@ def main() -> None:
     add("--label", choices=labels, default="gpt4_score", help="the true score; of several, the mean")
     add("--train", help="JSONL file of training records, one a GPT-4 feedback")
     args = parser.parse_args()
+    check_new(args.train, args.out)
     items, name = read_items(args.file), Path(args.file).stem
 
     made = [convert(item, f"{name}-{number:04}", args.label) for number, item in enumerate(items)]
     test, left_out = sort_out(made, args.file)
-    runs.write_whole(args.out, "".join(map(runs.to_line, test)))
-    print(f"{len(items)} items read, {len(test)} kept\n{left_out}{args.out}: {len(test)} records")
+    print(f"{len(items)} items read, {len(test)} kept\n{left_out}", end="")
+    files = {args.out: test}
     if args.train:
         pairs = zip(items, made, strict=True)
         found = [f for item, record in pairs if isinstance(record, dict) for f in feedbacks(item, record)]
         train, left_out = sort_out(found, args.file)
-        runs.write_whole(args.train, "".join(map(runs.to_line, train)))
-        print(f"{len(found)} feedbacks read, {len(train)} kept\n{left_out}{args.train}: {len(train)} records")
+        print(f"{len(found)} feedbacks read, {len(train)} kept\n{left_out}", end="")
+        files = {args.train: train, args.out: test}
+    write_records(files)
+    for path, records in files.items():
+        print(f"{path}: {len(records)} records")
 
 
 if __name__ == "__main__":

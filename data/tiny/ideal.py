@@ -13,7 +13,6 @@ They know how the training split is judged, on whichever split they are asked.
     python data/tiny/ideal.py data/tiny/test.jsonl data/tiny/test_ood.jsonl     # Pearson's r and RMSE of each
 """
 
-import json
 import math
 import random
 import sys
@@ -22,8 +21,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+import runs
 from data.tiny.prepare import LEAK, NOISE, SKILLS, STEPS, TONES, TRAINING, quality
 from eval import METRICS
+from records import Grid, read_records
 
 RATINGS = np.arange(1, 6)
 
@@ -72,14 +73,18 @@ def predict(record: dict, *, real: bool = False) -> dict[str, float]:
 
 def metrics(path: str | Path, *, real: bool = False) -> dict[str, dict[str, float]]:
     """Return Pearson's r and RMSE of each ideal judge on a file of the task."""
-    rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+    rows = read_records(path, Grid(), need=("id", "prompt", "cot", "score"))
     true = np.array([row["score"] for row in rows], dtype=float)
     predicted = [predict(row, real=real) for row in rows]
     columns = {name: np.array([p[name] for p in predicted]) for name in predicted[0]}
     return {name: {m: METRICS[m](p, true) for m in ("pearson", "rmse")} for name, p in columns.items()}
 
 
-if __name__ == "__main__":
+def main() -> None:
     for path in sys.argv[1:]:
         for name, values in metrics(path, real="_real" in path).items():
             print(f"{path}  {name:10} r {values['pearson']:.3f}  RMSE {values['rmse']:.3f}")
+
+
+if __name__ == "__main__":
+    runs.run(main)

@@ -4,12 +4,11 @@ It is pretrained on fresh records of the same layout whose verdict word is rando
 the score, so that what a judge has to learn, what the rating is and what the verdict is worth, is left to
 fine-tuning. About two minutes.
 
-    python data/tiny/make_seed.py          # the seed/ folder beside this file
+    python data/tiny/make_seed.py --out out/seed     # seed/ beside this file was made so
 """
 
 import argparse
 import random
-import shutil
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import runs
+from data.prepare_helpers import check_new, whole_folder
 from data.tiny.prepare import WORDS, sample
 from encode import prompt_ids, target_ids
 from records import SUFFIX
@@ -91,13 +91,14 @@ def pretrain(model, examples: list[tuple[list[int], int]], batch_size: int, lr: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     add = parser.add_argument
-    add("--out", type=Path, default=HERE / "seed", help="checkpoint folder, replaced where it is there")
+    add("--out", type=Path, default=HERE / "seed", help="checkpoint folder to make")
     add("--steps", type=runs.COUNT, default=800, help="optimiser steps of 32 fresh records")
     add("--seed", type=runs.SEED, default=0, help="random seed")
     add("--hidden", type=runs.COUNT, default=128, help="size of the model, a multiple of 64")
     add("--layers", type=runs.COUNT, default=2, help="of the model")
     add("--lr", type=runs.WEIGHT, default=3e-3, help="peak learning rate")
     args = parser.parse_args()
+    check_new(args.out)
 
     tokenizer, rng, examples = make_tokenizer(), random.Random(f"{args.seed}/pretrain"), []
     for _ in range(32 * args.steps):
@@ -107,9 +108,9 @@ def main() -> None:
         examples.append((text, len(prompt)))
     model = make_model(tokenizer, args.seed, args.hidden, args.layers)
     ce = pretrain(model, examples, 32, args.lr)
-    shutil.rmtree(args.out, ignore_errors=True)
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    with whole_folder(args.out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     size = sum(p.numel() for p in model.parameters())
     print(f"{args.out}: {size} parameters, {len(tokenizer)} words, final CE {ce:.3f}")
 

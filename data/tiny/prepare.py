@@ -6,12 +6,13 @@ weigh them with the tone. The rating is noisy, so its expectation beats its most
 annotator knew the rating when writing the CoT: its opening verdict word leaks more than the input supports,
 which is what stage 2 exists to unlearn.
 
-    python data/tiny/prepare.py                  # {train,valid,test,test_ood}.jsonl; always the same bytes
-    python data/tiny/prepare.py --targets real   # the same records with real-valued scores: *_real.jsonl
+    python data/tiny/prepare.py --out DIR                  # {train,valid,test,test_ood}.jsonl
+    python data/tiny/prepare.py --out DIR --targets real   # the same with real-valued scores: *_real.jsonl
+
+The same options always give the same bytes; those of the files beside this script are the defaults.
 """
 
 import argparse
-import json
 import random
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import runs
+from data.prepare_helpers import check_new, write_records
 
 STEPS = "ABCD"
 TONES = ["rude", "vague", "plain", "clear", "warm"]  # worth 0 .. 4
@@ -107,19 +109,22 @@ def main() -> None:
     add("--size", type=runs.COUNT, help="records of each split; None: 1500, 500, 1000, 1000")
     add("--targets", choices=TARGETS, default="rating", help="what to put into `score`")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    for split in args.splits:
+    suffix = "" if args.targets == "rating" else f"_{args.targets}"
+    paths = {split: args.out / f"{split}{suffix}.jsonl" for split in args.splits}
+    check_new(*paths.values())
+    files = {}
+    for split, path in paths.items():
         size, judging = SPLITS[split]
         # A string is hashed with SHA-512: the same on every machine
         rng = random.Random(f"{args.seed}/{split}")
-        path = args.out / f"{split}{'' if args.targets == 'rating' else '_' + args.targets}.jsonl"
-        lines = []
+        files[path] = []
         for i in range(args.size or size):
             draw = sample(rng, judging)
             record = {"id": f"{split}-{i:04}", "prompt": draw["prompt"], "cot": draw["cot"]}
-            lines.append(json.dumps(record | {"score": TARGETS[args.targets](draw)}) + "\n")
-        runs.write_whole(path, "".join(lines))
-        print(f"{path}: {len(lines)} records")
+            files[path].append(record | {"score": TARGETS[args.targets](draw)})
+    write_records(files)
+    for path, records in files.items():
+        print(f"{path}: {len(records)} records")
 
 
 if __name__ == "__main__":
