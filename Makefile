@@ -84,16 +84,16 @@ $(REAL)/smollm2: | .venv/real
 
 $(REAL)/ists/train.jsonl: | .venv/real
 	mkdir -p $(@D)
-	$(RUN) data/ists/prepare.py --gold $(ISTS)/gold --alignments $(ISTS)/test --out $(@D)/test.jsonl
+	test -e $(@D)/test.jsonl || $(RUN) data/ists/prepare.py --gold $(ISTS)/gold --alignments $(ISTS)/test --out $(@D)/test.jsonl
 	$(RUN) data/ists/prepare.py --gold $(ISTS)/gold --alignments $(ISTS)/train --without $(@D)/test.jsonl \
 		--valid $(@D)/valid.jsonl --out $@
 
 # From the hub, unless FEEDBACKQA names a folder with train.json, valid.json and test.json
-PREPARE = $(RUN) data/feedbackqa/prepare.py --max-words 60 $(if $(FEEDBACKQA),--file $(FEEDBACKQA)/$(1).json,--split $(1))
+PREPARE = $(RUN) data/feedbackqa/prepare.py --max-words 60 $(if $(FEEDBACKQA),$(FEEDBACKQA)/$(1).json,--split $(1))
 $(REAL)/feedbackqa/train.jsonl: | .venv/real
 	mkdir -p $(@D)
-	$(call PREPARE,valid) --out $(@D)/valid.jsonl
-	$(call PREPARE,test) --out $(@D)/test.jsonl
+	test -e $(@D)/valid.jsonl || $(call PREPARE,valid) --out $(@D)/valid.jsonl
+	test -e $(@D)/test.jsonl || $(call PREPARE,test) --out $(@D)/test.jsonl
 	$(call PREPARE,train) --without $(@D)/valid.jsonl $(@D)/test.jsonl --out $@
 
 test: lint
