@@ -12,18 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import runs
-from records import SUFFIX, InputError
+from records import Grid, InputError, find_verdict
 
 SCORE = r"(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*5)?"  # 4, 4.0, 4/5, 4 out of 5
-SAYS = r"(?:(?:so|thus|hence|therefore|the|an?|final|overall|score|rating|is|of)\b[\s,:=*]*)*"
-END = r"[\s.!*\"')\]]*$"
-RESULT = re.compile(rf"\[RESULT\][\s:=*(\"'\[]*{SAYS}(?:{SCORE})?{END}", re.IGNORECASE)
-# A last sentence that is nothing but a score: "###Score: 4", "The final score is 4/5."
-CLOSING = re.compile(rf"(?:^|(?<=[.!?])\s|\n)[\s#*(]*{SAYS}{SCORE}{END}", re.IGNORECASE)
-# "So the overall score is 4", wherever it stands; "So the overall quality is high" as the last sentence
-ANNOUNCED = re.compile(
-    rf"\b(?i:(?:so|thus|hence|therefore),? the (?:overall|final) (?:score|rating))\b(?=[^.!?]*?{SCORE})"
-    r"|\bSo the overall(?=[^.!?]*[.!?\s\"')]*$)"
+SAYS = r"(?:(?:the|an?|final|overall|score|rating|is|of)\b[\s,:=*]*)*"
+RESULT = re.compile(rf"\[RESULT\][\s:=*(\"'\[]*{SAYS}(?:{SCORE})?[\s.!*\"')\]]*$", re.IGNORECASE)
+ANNOUNCED = re.compile(  # a number, wherever it is announced, or a last sentence on "the overall quality"
+    rf"\b(?i:(?:so|thus|hence|therefore),? the (?:overall|final) (?:score|rating))\b[^.!?]*?{SCORE}"
+    r"|\bSo the overall[^.!?]*[.!?\s\"')]*$"
 )
 
 
@@ -175,7 +171,7 @@ def read_feedback(feedback: str, label: float | None = None) -> dict | str:
     scores = announced if label is None else [label, *announced]
     if not cot:
         return "no feedback before the score"
-    if "[RESULT]" in cot.upper() or SUFFIX.strip() in cot:
+    if find_verdict(cot, Grid()):
         return "a verdict amid the feedback, or a '[RESULT]' that is no score from 1 to 5"
     if len(set(scores)) > 1:
         return "scores that disagree"
@@ -190,21 +186,20 @@ def clean_cot(feedback: str) -> str:
 def split_feedback(feedback: str) -> tuple[str, list[float]]:
     """Return the reasoning of a feedback, and all scores that are announced after it."""
     cot, scores = feedback.strip(), []
-    patterns = [RESULT, ANNOUNCED, CLOSING]
-    found = last_match(patterns, cot)
+    found = last_verdict(cot)
     while found:
-        scores += [float(score) for score in found.groups() if score]
+        numbers = re.findall(SCORE, found[0])
+        scores += map(float, numbers[-1:])  # the last of "Score (1-5): 4"
         cot = cot[: found.start()].rstrip()
-        if found.re is ANNOUNCED:  # an earlier "So the overall" is reasoning
-            patterns.remove(ANNOUNCED)
-        found = last_match(patterns, cot)
+        found = last_verdict(cot)
     return cot.removeprefix("Feedback:").strip(), scores
 
 
-def last_match(patterns: list[re.Pattern], text: str) -> re.Match | None:
-    """Return the last match of the first of these patterns that is found in the text."""
-    for pattern in patterns:
+def last_verdict(text: str) -> re.Match | None:
+    """Find the last announcement of a score, or a last sentence that is one."""
+    for pattern in (RESULT, ANNOUNCED):
         matches = list(pattern.finditer(text))
         if matches:
             return matches[-1]
-    return None
+    found = find_verdict(text, Grid())
+    return found if found and found.end() == len(text) else None

@@ -72,6 +72,8 @@ def test_feedback_collection_in_every_spelling_and_held_out_by_instruction(lab):
         ("Good, so the overall score is 4 out of 5, for 2 faults. [RESULT] 4", 4, ("Good,", 4)),
         ("Fine.\n###Score: 4", 4, ("Fine.", 4)),
         ("Fine. 3/5", 4, "disagree"),
+        ("Fine. I would give it a 4.", 4, ("Fine.", 4)),
+        ("Fine. So the overall tone is warm. So the overall score is 4.", 4, ("Fine.", 4)),
         ("It costs 4.5, at least 3.", 4, ("It costs 4.5, at least 3.", 4)),
         ("Score: 4. [RESULT] 4", 4, "no feedback"),
     ],
@@ -82,7 +84,7 @@ def test_a_feedback_is_cut_at_its_verdict_and_left_out_where_it_is_ambiguous(fee
 
 
 def test_a_cot_is_cut_at_the_last_announcement():
-    early = "It prints [RESULT]. So the overall tone is fine."
+    early = "It prints [RESULT]. So the overall tone is fine. But it errs."
     assert clean_cot(f"Feedback: {early} So the overall score is 4. [RESULT] 4") == early
     assert clean_cot("So the overall tone is fine. But it errs. [RESULT] 2").endswith("But it errs.")
 
