@@ -281,4 +281,7 @@ def find_verdict(cot: str, grid: Grid) -> re.Match | None:
     score = rf"(?:{tokens}|\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*\d+)?(?: points?| stars?)?"  # 4.5 / 5 points
     last = rf"(?:\A|\n|(?<=[.!?])(?<!No\.)\W)(?:{'|'.join(before)}){score}(?:</\w+>|[\W_])*\Z"
     announced = rf"(?-i:{suffixes}|So the overall(?:[^.!?]|\.\d)*\W*\Z)|\[RESULT]"
-    return re.search(announced, cot, re.IGNORECASE) or re.search(last, cot, re.IGNORECASE)
+    close_to_the_end = max(0, len(cot) - 300)  # nowhere else can it be, and the search is slow
+    return re.compile(announced, re.IGNORECASE).search(cot) or re.compile(last, re.IGNORECASE).search(
+        cot, close_to_the_end
+    )
