@@ -106,12 +106,16 @@ def off_grid_line(rows: list[dict], grid: Grid) -> str:
 
     rows: as predict.py writes them. What was not renormalised lies lower by the mass off the grid.
     """
-    mean = sum(sum(row["off_grid"]) / len(row["off_grid"]) for row in rows) / len(rows)
-    below = sum(row["prediction"] is not None and row["prediction"] < grid.values[0] for row in rows)
+    off_grid = [sum(row["off_grid"]) / len(row["off_grid"]) for row in rows]
+    mean = sum(off_grid) / len(rows)
     line = f"mean off-grid mass {mean:.4f}"
-    if any(row["renormalised"] for row in rows) or (mean <= OFF_GRID and not below):
+    if any(row["renormalised"] for row in rows):
         return line
-    below = f"; {below} predictions lie below {grid.values[0]:g}" if below else ""
+    suffering = [row for row, mass in zip(rows, off_grid, strict=True) if mass > OFF_GRID]
+    below = [row["id"] for row in suffering if row["prediction"] < grid.values[0]]
+    if mean <= OFF_GRID and not below:
+        return line
+    below = f"; {len(below)} predictions lie below {grid.values[0]:g}" if below else ""
     return f"{line}: as much of every score is missing{below}. --renormalise divides by the mass on the grid"
 
 
