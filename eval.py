@@ -4,6 +4,7 @@
 
 Writes metrics.json and figure.png to --out and prints tables, for the prediction (CoT-RAIL) and the decoded
 score. Several files are compared with the first, on the records they share and the same resamples of them.
+Records without a score, or without a prediction (renormalised, no mass on the grid), are left out, counted.
 --pairs judges pairs of records (data/pairs/prepare.py) by these scores instead, as pairs.py says.
 
     pearson, spearman, kendall, rmse, mae
@@ -17,8 +18,11 @@ score. Several files are compared with the first, on the records they share and 
 """
 
 import argparse
+import io
 import json
 import math
+import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +30,7 @@ from scipy import stats
 
 import pairs
 import runs
-from records import SUFFIX, Grid, InputError, predicted, read_records
+from records import Grid, InputError, off_grid_line, parse_line, predicted, read_records
 
 
 def correlation(of, a: np.ndarray, b: np.ndarray) -> float:
@@ -105,17 +109,62 @@ def interval(samples: np.ndarray) -> dict:
     return {"value": value} | dict(zip(("low", "high"), np.percentile(resampled, [2.5, 97.5]), strict=True))
 
 
+def tied(rows: list[dict]) -> int:
+    """Return in how many records several scores are equally likely, and likeliest, after one of the CoTs."""
+    return len([row for row in rows if any(probs.count(max(probs)) > 1 for probs in row["score_probs"])])
+
+
+def noted_beside(path: str) -> dict:
+    """Return the arguments in NAME.run.json, if it belongs to this file: `x` and `x.jsonl` have one."""
+    noted = runs.read_json(Path(f"{path.removesuffix('.jsonl')}.run.json")).get("arguments")
+    belongs = isinstance(noted, dict) and Path(str(noted.get("out", path))).name == Path(path).name
+    return noted if belongs else {}
+
+
+def scale_of(path: str, args) -> tuple[Grid, bool]:
+    """Return the grid of a file of predict.py, and whether it is renormalised, as each of its rows says.
+
+    Rows of older versions do not; NAME.run.json does. Raises InputError where nothing does, or rows differ.
+    """
+    if not Path(path).is_file() or path.encode(errors="replace").decode() != path:
+        raise InputError(f"{path}: no plain file with a name in UTF-8; give a JSONL file of predict.py")
+    first = None
+    noted = None
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            row = parse_line(line, f"{path}:{number}") if line.strip() else {}
+            if "prediction" not in row:
+                continue  # read_records says so
+            if noted is None:
+                noted = {} if row.get("grid") else noted_beside(path)
+            grid = row.get("grid") or noted.get("grid") or args.grid
+            if grid is None:
+                raise InputError(f"{path}:{number}: no 'grid' in it; say which with --grid, as in 1,2,3,4,5")
+            renormalised = row.get("renormalised") or noted.get("renormalise") or args.renormalise
+            scale = Grid.parse(str(grid)), bool(renormalised)
+            first = first or scale
+            if scale != first:
+                differs = "'grid' or 'renormalised' differs from the first record's"
+                raise InputError(f"{path}:{number}: {differs}; evaluate the two kinds apart")
+    return first or (Grid(), False)
+
+
 def read_predictions(path: str, args) -> tuple[list[dict], Grid]:
-    """Read a file of predict.py, as it would be with another --grid, fewer CoTs, or renormalised."""
-    noted = runs.read_json(Path(f"{path.removesuffix('.jsonl')}.run.json")).get("arguments", {})
-    grid = Grid.parse(args.grid or noted.get("grid") or str(Grid()), noted.get("suffix", SUFFIX))
-    need = ("id", "prediction", "decoded", "score_probs", "off_grid", "finished")
-    rows = read_records(path, grid, need)
-    for row in rows if args.grid or args.cots or args.renormalise else []:
+    """Read a file of predict.py, as it would be with other values of --grid, fewer CoTs, or renormalised."""
+    written, renormalised = scale_of(path, args)
+    grid = Grid.parse(args.grid) if args.grid else written
+    if grid.tokens != written.tokens:
+        raise InputError(
+            f"--grid {args.grid}: {path} is on {written}; give the same scores, with other values"
+        )
+    rows = read_records(path, grid, ("id", "prediction", "decoded", "score_probs", "off_grid", "finished"))
+    for row in rows:
+        row["renormalised"] = renormalised
         if args.cots and args.cots > len(row["finished"]):
             raise InputError(f"{path}: record {row['id']!r} has fewer CoTs than --cots {args.cots}")
         row |= {field: row[field][: args.cots] for field in ("finished", "score_probs", "off_grid")}
-        row["prediction"], row["decoded"] = predicted(row["score_probs"], grid, args.renormalise)
+        if args.grid or args.cots or args.renormalise:
+            row["prediction"], row["decoded"] = predicted(row["score_probs"], grid, renormalised)
     return rows, grid
 
 
@@ -132,58 +181,59 @@ def reliability(rows: list[dict], grid: Grid, bins: int = 10) -> list[dict]:
     return points
 
 
-def compare(files: dict[str, tuple[list[dict], Grid]], resamples: int, seed: int) -> dict:
-    """Return all metrics of all files, on the records that have a score and are in every file.
+def compare(files: dict[str, tuple], resamples: int, seed: int) -> tuple[dict, dict[str, tuple]]:
+    """Return all metrics, and the records they are of: those that have score and prediction in every file.
 
     Raises InputError where there is no such record, or where the files do not agree on the true scores.
     """
-    scored = {path: {} for path in files}  # path → id → record
+    usable = {path: {} for path in files}  # path → id → record
     for path, (rows, _) in files.items():
-        scored[path] = {row["id"]: row for row in rows if row.get("score") is not None}
+        scored = [row for row in rows if row.get("score") is not None]
+        usable[path] = {row["id"]: row for row in scored if row["prediction"] is not None}
     first = next(iter(files))
-    ids = [id for id in scored[first] if all(id in rows for rows in scored.values())]
+    ids = [id for id in usable[first] if all(id in rows for rows in usable.values())]
     if not ids:
-        raise InputError(f"{', '.join(files)}: no record with a score in common; nothing to evaluate")
-    true = np.array([scored[first][id]["score"] for id in ids], dtype=float)
+        raise InputError(f"{', '.join(files)}: no record with score and prediction in common to evaluate")
+    common = {path: ([usable[path][id] for id in ids], grid) for path, (_, grid) in files.items()}
+    true = [row["score"] for row in common[first][0]]
     # One resample a row, the same for all files: so differences are paired
     picks = [np.arange(len(ids)), *np.random.default_rng(seed).integers(0, len(ids), (resamples, len(ids)))]
     report = {"reference": first, "evaluated": len(ids), "resamples": resamples, "seed": seed, "files": {}}
-    report["one_rater"] = against_others([scored[first][id] for id in ids])
+    report["one_rater"] = against_others(common[first][0])
     samples = {}
-    for path, (rows, grid) in files.items():
-        own = [scored[path][id] for id in ids]
-        if [row["score"] for row in own] != true.tolist():
+    for path, (rows, grid) in common.items():
+        if [row["score"] for row in rows] != true:
             raise InputError(f"{path}: its true scores differ from those of {first}; compare the same data")
-        finished = [f for row in own for f in row["finished"]]
-        entry = {"sha256": runs.sha256(path), "grid": str(grid), "records": len(rows), "cots": len(finished)}
-        entry |= {"without_score": len(rows) - len(scored[path])}
-        entry |= {"not_in_all_files": len(scored[path]) - len(ids)}
-        entry |= {"unfinished_rate": finished.count(False) / len(finished)}
-        entry |= {"off_grid_mean": float(np.mean([o for row in own for o in row["off_grid"]]))}
-        report["files"][path] = entry | {"reliability": reliability(own, grid), "difference": {}}
+        scores = [row.get("score") for row in files[path][0]]
+        finished = [f for row in rows for f in row["finished"]]
+        entry = {"sha256": runs.sha256(path), "grid": str(grid), "renormalised": rows[0]["renormalised"]}
+        entry |= {"records": len(scores), "cots": len(finished), "without_score": scores.count(None)}
+        entry |= {"without_prediction": len(scores) - scores.count(None) - len(usable[path])}
+        entry |= {"not_in_all_files": len(usable[path]) - len(ids)}
+        entry |= {"unfinished_rate": finished.count(False) / len(finished), "tied_likeliest": tied(rows)}
+        entry |= {"off_grid_mean": float(np.mean([o for row in rows for o in row["off_grid"]]))}
+        entry |= {"reliability": reliability(rows, grid), "difference": {}}
         for kind in KINDS:
-            values = np.array([row[kind] for row in own])
-            now = sampled(values, own, grid, picks)
-            before = samples.setdefault(kind, now)  # the first file's
-            report["files"][path][kind] = {name: interval(s) for name, s in now.items()} | {
-                "ties": ties(values)
-            }
-            differences = {name: interval(now[name] - before[name]) for name in now if name in before}
-            report["files"][path]["difference"][kind] = differences
-        report["files"][path]["against_others"] = against_others(own, KINDS[0])
-    return report
+            values = np.array([row[kind] for row in rows])
+            found = sampled(values, rows, grid, picks)
+            before = samples.setdefault(kind, found)  # the first file's
+            entry[kind] = {name: interval(s) for name, s in found.items()} | {"ties": ties(values)}
+            entry["difference"][kind] = {k: interval(s - before[k]) for k, s in found.items() if k in before}
+        report["files"][path] = entry | {"against_others": against_others(rows, KINDS[0])}
+    return report, common
 
 
-def draw(files: dict[str, tuple[list[dict], Grid]], report: dict, path: Path) -> None:
-    """Draw a column a file: predicted against true score, and the reliability of the score distribution."""
+def draw(common: dict[str, tuple], report: dict) -> bytes:
+    """Return a PNG, a column a file: predicted against true score, and how reliable the distributions are."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(files), figsize=(4 * len(files), 7.4), squeeze=False, layout="tight")
-    for (name, (rows, grid)), (top, bottom) in zip(files.items(), axes.T, strict=True):
-        true, values = np.array([(r["score"], r["prediction"]) for r in rows if r.get("score") is not None]).T
+    plt.rcParams["text.parse_math"] = False  # a $ in the name of a file or a score is no formula
+    figure, axes = plt.subplots(2, len(common), figsize=(4 * len(common), 7.4), squeeze=False, layout="tight")
+    for (name, (rows, grid)), (top, bottom) in zip(common.items(), axes.T, strict=True):
+        true, values = np.array([(row["score"], row["prediction"]) for row in rows]).T
         jitter = np.random.default_rng(0).uniform(-0.02, 0.02, len(true)) * np.ptp(grid.values)
         top.plot(true + jitter, values, ".", alpha=0.25, markeredgewidth=0)
         if len(levels := np.unique(true)) <= 20:
@@ -191,7 +241,7 @@ def draw(files: dict[str, tuple[list[dict], Grid]], report: dict, path: Path) ->
             top.plot(levels, means, "o-", color="black", label="mean prediction")
         top.plot(grid.values, grid.values, "--", color="gray", label="prediction = true score")
         top.set(xlabel="true score", ylabel="prediction")
-        top.set_title(name, fontsize=8)
+        top.set_title(name[-50:], fontsize=8)  # a column has no room for more
         for token in grid.tokens:
             points = [p for p in report["files"][name]["reliability"] if p["score"] == token and p["n"] >= 10]
             both = [[p[name] for p in points] for name in ("predicted", "observed")]
@@ -200,8 +250,11 @@ def draw(files: dict[str, tuple[list[dict], Grid]], report: dict, path: Path) ->
         bottom.set(xlabel="p(score), predicted", ylabel="share of records with that score")
         for axis in (top, bottom):
             axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
+    png = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):  # of letters that the font has not: they become boxes
+        figure.savefig(png, dpi=110)
     plt.close(figure)
+    return png.getvalue()
 
 
 def cell(c: dict | float | str | None) -> str:
@@ -220,45 +273,47 @@ def print_table(head: list[str], rows: list[list]) -> None:
     print()
 
 
-def evaluate_pairs(files: dict[str, tuple[list[dict], Grid]], resamples: int, seed: int) -> dict:
+def evaluate_pairs(files: dict[str, tuple], resamples: int, seed: int) -> dict:
     """Return and print, for every file, how often the chosen response of a pair gets the higher score."""
     report = {"resamples": resamples, "seed": seed, "files": {}}
-    for path, (rows, _) in files.items():
-        found = pairs.compare(rows, resamples, seed)
-        groups = [(*names, {name: interval(s) for name, s in samples.items()}) for *names, samples in found]
+    for path, (rows, grid) in files.items():
         print(f"{path}: 95 % bootstrap intervals over pairs\n")
-        print_table(
-            ["section", "subset", "pairs", *pairs.NAMES], [[*names, *of.values()] for *names, of in groups]
-        )
-        keys = ("section", "subset", "pairs")
-        report["files"][path] = [dict(zip(keys, names, strict=True)) | of for *names, of in groups]
+        whole = pairs.gather(rows, path)
+        rows = [row for pair in whole for row in pair]
+        print(f"likeliest score tied in {tied(rows)} of {len(rows)} records; {off_grid_line(rows, grid)}\n")
+        table, report["files"][path] = [], []
+        for section, subset, n, samples in pairs.compare(whole, resamples, seed):
+            values = {name: interval(s) for name, s in samples.items()}
+            table.append([section, subset, n, *values.values()])
+            report["files"][path].append({"section": section, "subset": subset, "pairs": n} | values)
+        print_table(["section", "subset", "pairs", *pairs.NAMES], table)
     return report
 
 
-def show(report: dict) -> None:
+def show(report: dict, common: dict[str, tuple]) -> None:
     """Print the report: a row a metric, and for more than two files the predictions alone."""
     files = report["files"]
     kinds = KINDS if len(files) <= 2 else KINDS[:1]
 
     def table(columns: dict[str, dict]) -> None:
         names = dict.fromkeys(name for column in columns.values() for name in column)
-        print_table(
-            ["", *columns], [[name, *(column.get(name) for column in columns.values())] for name in names]
-        )
+        rows = [[name, *(column.get(name) for column in columns.values())] for name in names]
+        print_table(["", *columns], rows)
 
     print(f"{report['evaluated']} records, 95 % bootstrap intervals\n")
     for number, (path, entry) in enumerate(files.items(), 1):
-        print(
-            f"{number}: {path}: {entry['unfinished_rate']:.1%} of {entry['cots']} CoTs unfinished,", end=" "
-        )
         left_out = f"{entry['without_score']} without score, {entry['not_in_all_files']} not in all files"
-        print(f"mean off-grid mass {entry['off_grid_mean']:.4f}, {left_out}")
-    numbered = [(str(number), *item) for number, item in enumerate(files.items(), 1)]
+        left_out += f", {entry['without_prediction']} without prediction"
+        print(f"{number}: {path}: {entry['records']} records, {left_out}")
+        unfinished = f"{entry['unfinished_rate']:.1%} of {entry['cots']} CoTs unfinished"
+        tied_in = f"likeliest score tied in {entry['tied_likeliest']} records"
+        print(f"   {unfinished}, {tied_in}, {off_grid_line(*common[path])}")
     print()
+    numbered = [(str(number), *item) for number, item in enumerate(files.items(), 1)]
     if raters := report["one_rater"]:
-        of = {"one rater": raters} | {n: entry["against_others"] for n, _, entry in numbered}
+        judges = {"one rater": raters} | {n: entry["against_others"] for n, _, entry in numbered}
         head = [f"{raters['ratings']} ratings, against the mean of the others", "r", "RMSE"]
-        print_table(head, [[name, own["pearson"], own["rmse"]] for name, own in of.items()])
+        print_table(head, [[name, found["pearson"], found["rmse"]] for name, found in judges.items()])
     table({f"{n} {kind}": entry[kind] for n, _, entry in numbered for kind in kinds})
     if len(files) > 1:
         print("Difference to 1 on the same records\n")
@@ -271,7 +326,7 @@ def main() -> None:
     add = parser.add_argument
     add("predictions", nargs="*", default=["out/predictions.jsonl"], help="JSONL files of predict.py")
     add("--out", type=Path, default=Path("out/eval"), help="folder for metrics.json and figure.png")
-    add("--grid", help="score grid; None: the one predict.py noted, else 1,2,3,4,5")
+    add("--grid", help="the same scores with other values; None: the grid that the file says")
     add("--cots", type=runs.COUNT, help="use the first so many CoTs of each record; None: all")
     add("--pairs", action="store_true", help="judge pairs of records, told by `pair` and `chosen`")
     add("--renormalise", action="store_true", help="divide expected scores by their mass on the grid")
@@ -282,16 +337,23 @@ def main() -> None:
     if len(set(args.predictions)) < len(args.predictions):
         raise InputError("the same prediction file is given twice; give each once")
     files = {path: read_predictions(path, args) for path in args.predictions}
-    of = evaluate_pairs if args.pairs else compare
-    report = of(files, args.resamples, args.seed)
-    part = Path(f"{args.out}.part")
-    part.mkdir(parents=True)
+    if args.pairs:
+        report = evaluate_pairs(files, args.resamples, args.seed)
+    else:
+        report, common = compare(files, args.resamples, args.seed)
+        figure = draw(common, report)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside --out, under a name of its own: what a killed run or another one leaves is in nobody's way
+    with tempfile.TemporaryDirectory(prefix=f"{args.out.name}.part-", dir=args.out.parent) as part:
+        whole = Path(part) / "eval"
+        whole.mkdir()
+        runs.write_whole(whole / "metrics.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        if not args.pairs:
+            runs.write_whole(whole / "figure.png", lambda out: out.write(figure))
+        runs.check_out(args)  # again, for another eval.py may have made it
+        whole.rename(args.out)
     if not args.pairs:
-        draw(files, report, part / "figure.png")
-    runs.write_whole(part / "metrics.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    part.rename(args.out)
-    if not args.pairs:
-        show(report)
+        show(report, common)
 
 
 if __name__ == "__main__":

@@ -18,24 +18,27 @@ from records import InputError
 NAMES = ("accuracy", "ties", "decoded", "ties_decoded", "above", "log_loss")
 
 
-def gather(rows: list[dict]) -> list[list[dict]]:
-    """Return the records of each pair, the chosen one first; name broken pairs. Raises InputError."""
+def gather(rows: list[dict], path: str) -> list[list[dict]]:
+    """Return the records of each pair, the chosen one first; name those left out. Raises InputError."""
     pairs = {}
     for row in rows:
+        where = f"{path}: record {row['id']!r}"
         if not isinstance(row.get("chosen"), bool) or not isinstance(row.get("pair"), str):
-            raise InputError(
-                f"record {row['id']!r}: no 'pair' and 'chosen'; data/pairs/prepare.py makes such files"
-            )
-        pairs.setdefault(row["pair"], []).append(row)
-    whole = {name: sorted(of, key=lambda row: not row["chosen"]) for name, of in pairs.items()}
-    whole = {
-        name: of for name, of in whole.items() if len(of) > 1 and [r["chosen"] for r in of].count(True) == 1
-    }
-    broken = pairs.keys() - whole.keys()
+            raise InputError(f"{where}: no 'pair' and 'chosen'; data/pairs/prepare.py makes such files")
+        pair = pairs.setdefault(row["pair"], [])
+        pair.append(row)
+        for field in ("section", "subset", "weight"):
+            if row.get(field) != pair[0].get(field):
+                raise InputError(f"{where}: '{field}' differs within its pair; give both the same")
+    broken = {name for name, pair in pairs.items() if [row["chosen"] for row in pair].count(True) != 1}
+    broken |= {name for name, pair in pairs.items() if len(pair) == 1}
     runs.report(broken, "without one chosen and one other response left out", "pairs")
+    unread = {name for name, pair in pairs.items() if any(row["prediction"] is None for row in pair)}
+    runs.report(unread - broken, "with a record without prediction left out", "pairs")
+    whole = [pair for name, pair in pairs.items() if name not in broken | unread]
     if not whole:
-        raise InputError("no whole pair; predict.py has to judge all records of a pair")
-    return list(whole.values())
+        raise InputError(f"{path}: no whole pair; predict.py has to judge all records of a pair")
+    return [sorted(pair, key=lambda row: not row["chosen"]) for pair in whole]
 
 
 def beats(a: np.ndarray, b: np.ndarray) -> float:
@@ -58,13 +61,13 @@ def judge(pair: list[dict]) -> list[float]:
     return [*found, float(above.mean()), float(-np.log(above.clip(1e-7)).mean())]
 
 
-def compare(rows: list[dict], resamples: int, seed: int) -> list[tuple[str, str, int, dict[str, np.ndarray]]]:
+def compare(pairs: list[list[dict]], resamples: int, seed: int) -> list[tuple[str, str, int, dict]]:
     """Return section, subset, number of pairs and values of NAMES, for subsets, then sections, then in total.
 
     subset is "" where all of a section is meant. Values (1 + resamples,): on the data and on resampled pairs.
     """
     random, subsets, sections = np.random.default_rng(seed), {}, {}
-    for pair in gather(rows):
+    for pair in pairs:
         first = pair[0]
         key = first.get("section", "all"), first.get("subset", "all"), first.get("weight", 1)
         subsets.setdefault(key, []).append(judge(pair))

@@ -1,15 +1,21 @@
 """Metrics by hand, paired intervals, and nothing dropped in silence."""
 
 import json
+import os
 import subprocess
 import sys
+import warnings
+from argparse import Namespace
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from matplotlib.axes import Axes
 
 import eval
-from records import Grid
+from records import Grid, InputError, off_grid_line
+
+WIDE = "1=0,2=25,3=50,4=75,5=100"
 
 
 def predictions(n: int) -> list[dict]:
@@ -17,8 +23,18 @@ def predictions(n: int) -> list[dict]:
     rows = []
     for i, y in enumerate(np.random.default_rng(0).integers(1, 6, n).tolist()):
         row = {"id": f"r{i}", "score": y, "finished": [i % 4 != 0], "off_grid": [0.25], "prediction": y}
-        rows.append(row | {"decoded": y, "score_probs": [[float(k == y) for k in range(1, 6)]]})
+        row |= {"decoded": y, "score_probs": [[float(k == y) for k in range(1, 6)]]}
+        rows.append(row | {"grid": str(Grid()), "renormalised": False})
     return rows
+
+
+def older(rows: list[dict]) -> list[dict]:
+    """Leave out what older versions did not write."""
+    return [{k: v for k, v in row.items() if k not in ("grid", "renormalised")} for row in rows]
+
+
+def read(path, grid=None, cots=None, renormalise=False) -> tuple[list[dict], Grid]:
+    return eval.read_predictions(str(path), Namespace(grid=grid, cots=cots, renormalise=renormalise))
 
 
 def evaluate(lab, *arguments) -> tuple:
@@ -53,7 +69,7 @@ def test_files_are_compared_in_pairs_and_all_is_counted(lab):
     near = [row | {"prediction": row["score"] + x} for row, x in zip(rows, off, strict=True)]
     far = [row | {"prediction": row["prediction"] + 1} for row in near]
     near[3]["score"], far[4]["cot"] = None, "So the overall score is text where the suffix is another."
-    paths = lab.write("preds-t0.7", near), lab.write("preds-t0.9", far[:150])
+    paths = lab.write("preds-t0.7", near), lab.write("preds-t0.9", older(far[:150]))
     note = {"arguments": {"grid": "1,2,3,4,5=7", "suffix": " [RESULT] "}}
     (lab.path / "preds-t0.9.run.json").write_text(json.dumps(note))
     first, second, printed = evaluate(lab, *paths)
@@ -67,6 +83,7 @@ def test_files_are_compared_in_pairs_and_all_is_counted(lab):
     assert all(f"{n}: {path}: " in printed for n, path in enumerate(paths, 1)) and "| 2 decoded " in printed
     assert f"lowest RMSE: {paths[0]}" in printed and printed.count("| kappa ") == 2
     assert "149 records" in printed and "1 without score, 50 not in all files" in printed
+    assert printed.count("mean off-grid mass 0.2500: as much") == 2
 
 
 def test_other_values_fewer_cots_and_renormalised(lab):
@@ -93,7 +110,7 @@ def test_what_cannot_be_compared_is_refused(lab):
         assert message in lab.fail("eval", path, lab.write("q.jsonl", [predictions(1)[0] | change]), *out)[1]
     assert "'r0' has fewer CoTs than --cots 2" in lab.fail("eval", path, "--cots", 2, *out)[1]
     empty = lab.write("q.jsonl", [predictions(1)[0] | {"score_probs": [[0.0] * 5]}])
-    assert "no probability on any score" in lab.fail("eval", empty, "--renormalise", *out)[1]
+    assert "no record with score and prediction" in lab.fail("eval", empty, "--renormalise", *out)[1]
     assert "is given twice" in lab.fail("eval", path, path, *out)[1] and not out[1].exists()
     assert "is there already" in lab.fail("eval", path, "--out", lab.path)[1]
 
@@ -104,11 +121,8 @@ def test_agreement_is_of_the_nearest_grid_points_and_the_ceiling_of_the_raters(l
     for i, row in enumerate(rows):
         row["score"] = 25 * (row["score"] - 1)
         row |= {"prediction": min(row["score"] + 12, 100), "decoded": max(row["score"] - 30, 0)}
-        row |= {"response": "x" * (i % 7), "ratings": [i % 5, i % 5 + 1, i % 5 + 1]}
+        row |= {"response": "x" * (i % 7), "ratings": [i % 5, i % 5 + 1, i % 5 + 1], "grid": WIDE}
     three = [lab.write(f"{name}.jsonl", rows) for name in "abc"]
-    for name in "abc":
-        note = '{"arguments": {"grid": "1=0,2=25,3=50,4=75,5=100", "suffix": " is "}}'
-        (lab.path / f"{name}.run.json").write_text(note)
     found, printed = evaluate(lab, three[0])
     assert found["prediction"]["exact"]["value"] == found["decoded"]["within_one"]["value"] == 1
     assert found["decoded"]["exact"]["value"] == np.mean([row["score"] == 0 for row in rows])
@@ -121,3 +135,113 @@ def test_agreement_is_of_the_nearest_grid_points_and_the_ceiling_of_the_raters(l
     )
     *_, printed = evaluate(lab, *three)
     assert "| 3 prediction " in printed and "decoded" not in printed
+
+
+def test_a_file_says_its_grid_and_whether_it_was_renormalised(lab):
+    """Nothing hangs on its name; what older versions wrote needs its own run.json, or --grid."""
+    rows = predictions(3)
+    for row in rows:
+        row |= {"score": 25 * (row["score"] - 1), "grid": WIDE, "renormalised": True, "finished": [True] * 2}
+        row |= {"score_probs": [[p / 2 for p in row["score_probs"][0]]] * 2, "off_grid": [0.5] * 2}
+        row["prediction"] = row["score"]
+    note = {"grid": WIDE, "renormalise": True, "out": "elsewhere/x.jsonl"}
+    (lab.path / "x.run.json").write_text(json.dumps({"arguments": note}))
+    for path in (lab.write("renamed", rows), lab.write("x.jsonl", older(rows))):
+        for options in ({}, {"cots": 1}, {"grid": WIDE}):
+            found, grid = read(path, **options)
+            assert str(grid) == WIDE and [row["prediction"] for row in found] == [
+                row["score"] for row in rows
+            ]
+    for name in ("x", "y.jsonl"):
+        with pytest.raises(InputError, match=f"{name}:1: no 'grid' in it; say which with --grid"):
+            read(lab.write(name, older(rows)))
+    found, _ = read(lab.path / "y.jsonl", grid=WIDE, cots=1)
+    assert [row["prediction"] for row in found] == [row["score"] / 2 for row in rows]
+
+
+DIFFERING = [  # of the second of two records, options, message
+    ({"grid": "1=1,2=2,3=3,4=4,5=7"}, {}, "p:2: 'grid' or 'renormalised' differs"),
+    ({"grid": "1=0,5=100", "score_probs": [[0.5, 0.5]], "score": 70}, {}, "p:2: 'grid' or"),
+    ({"renormalised": True}, {"cots": 1}, "p:2: 'grid' or"),
+    ({"grid": None}, {}, "p:2: no 'grid' in it"),
+    ({}, {"grid": "A=1,B=2,C=3,D=4,E=5"}, "p is on 1=1,2=2,3=3,4=4,5=5"),
+    ({}, {"grid": "5=1,4=2,3=3,2=4,1=5"}, "give the same scores, with other values"),
+]
+
+
+@pytest.mark.parametrize("change, options, message", DIFFERING)
+def test_rows_that_disagree_are_refused(change, options, message, lab):
+    first, second = predictions(2)
+    path = lab.write("p", [first, second | change])
+    with pytest.raises(InputError, match=message):
+        read(path, **options)
+
+
+def test_what_is_no_whole_file_of_predictions_is_refused(lab):
+    path = lab.write("p", predictions(2))
+    path.write_bytes(path.read_bytes()[:-40])
+    os.mkfifo(lab.path / "pipe")
+    cots = lab.write("cots", [{"id": "a", "prompt": "p", "cots": ["c"], "finished": [True], "score": 3}])
+    wrong = {
+        path: "p:2: not JSON",
+        cots: "'prediction' is missing",
+        lab.write("empty", []): "no records in it",
+    }
+    for path, message in (wrong | {lab.path: "no plain file", lab.path / "pipe": "no plain file"}).items():
+        with pytest.raises(InputError, match=message):
+            read(path)
+
+
+def test_records_without_prediction_are_left_out_and_ties_are_counted(lab, monkeypatch):
+    """Table, counts and figure are of the same records, in both files."""
+    drawn, plot = [], Axes.plot
+
+    def spy(axis, x, y, *style, **options):
+        drawn.extend([len(x)] if style == (".",) else [])
+        return plot(axis, x, y, *style, **options)
+
+    monkeypatch.setattr(Axes, "plot", spy)
+    rows = predictions(20)
+    rows[0]["score_probs"], rows[1]["score_probs"] = [[0.0] * 5], [[0.1, 0.3, 0.1, 0.3, 0.1]]
+    files = lab.write("a", rows), lab.write("b", predictions(18))
+    first, second, printed = evaluate(lab, *files, "--renormalise")
+    names = ("records", "without_score", "without_prediction", "not_in_all_files", "tied_likeliest")
+    assert [first[name] for name in names] == [20, 0, 1, 2, 1] and first["renormalised"]
+    assert [second[name] for name in names] == [18, 0, 0, 1, 0] and drawn == [17, 17]
+    assert "a: 20 records, 0 without score, 2 not in all files, 1 without prediction" in printed
+    assert "likeliest score tied in 1 records, mean off-grid mass 0.2500\n" in printed
+
+
+def test_an_untrained_judge_is_told_from_one_that_is_sure_of_the_lowest_score():
+    row = {"id": "a", "prediction": 0.98, "off_grid": [0.02], "renormalised": False}
+    low = row | {"prediction": 0.6, "off_grid": [0.4]}
+    assert off_grid_line([row] * 20, Grid()) == "mean off-grid mass 0.0200"
+    assert "mass 0.0390: as much of" in off_grid_line([row] * 19 + [low], Grid())
+    assert "; 1 predictions lie below 1. --renorm" in off_grid_line([row] * 19 + [low], Grid())
+
+
+def test_a_killed_or_another_eval_is_in_nobodys_way(lab, monkeypatch):
+    command = ("eval", lab.write("p", predictions(9)), "--resamples", 5, "--out")
+    (lab.path / "out.part").mkdir()
+    left = lab.write("out.part/metrics.json", [])
+    lab.run(*command, lab.path / "out")
+    assert (lab.path / "out").stat().st_mode == left.parent.stat().st_mode  # for others to read
+    other = lab.path / "other"
+    monkeypatch.setattr(eval, "draw", lambda *_: os.kill(os.getpid(), 2))
+    assert lab.fail(*command, other)[0] == 130 and not other.exists()
+    monkeypatch.setattr(eval, "draw", lambda *_: other.mkdir() or b"")  # another eval.py was faster
+    code, said = lab.fail(*command, other)
+    assert code == 2 and "is there already" in said and not list(other.iterdir())
+    assert {entry.name for entry in lab.path.iterdir()} == {
+        "p",
+        "out",
+        "out.part",
+        "other",
+    } and left.is_file()
+
+
+def test_any_name_of_a_file_can_be_drawn(lab):
+    """Formulas, escapes, a long name and letters that no font here has, without a word about it."""
+    files = [lab.write(name, predictions(5)) for name in ("$a_b^$", "\\frac{$x", "評価" * 30, "long " * 45)]
+    with warnings.catch_warnings(action="error"):
+        lab.run("eval", *files, "--resamples", 5, "--out", lab.path / "eval")

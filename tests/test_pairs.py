@@ -9,7 +9,7 @@ import pytest
 from test_data import LEFT_OUT, prepare
 
 import pairs
-from records import Grid, read_records
+from records import Grid, InputError, read_records
 
 
 def response(pair: str, chosen: bool, probs: list[float], **more) -> dict:
@@ -21,6 +21,8 @@ def response(pair: str, chosen: bool, probs: list[float], **more) -> dict:
         "chosen": chosen,
         "prompt": "x",
         "finished": [True],
+        "grid": "1=1,2=2,3=3",
+        "renormalised": False,
     }
     return (
         row | {"prediction": expected, "decoded": decoded, "score_probs": [probs], "off_grid": [0.0]} | more
@@ -36,7 +38,7 @@ def test_credit_ties_and_log_loss_by_hand():
     rows += [response("b", True, low), response("b", False, [0.9, 0.1, 0.0])]  # right, decoded scores tie
     rows += [response("c", True, mid), response("c", False, mid), response("c", False, mid)]  # one of three
     rows += [response("d", True, low), response("d", False, high)]  # wrong
-    (*_, (section, subset, n, samples)) = pairs.compare(rows, resamples=200, seed=0)
+    (*_, (section, subset, n, samples)) = pairs.compare(pairs.gather(rows, ""), resamples=200, seed=0)
     assert (section, subset, n) == ("total", "", 4)
     value = {name: of[0] for name, of in samples.items()}
     assert value["accuracy"] == pytest.approx((1 + 1 + 1 / 3) / 4) and value["ties"] == 1 / 4
@@ -65,10 +67,21 @@ def test_sections_weigh_their_pairs_and_the_total_its_sections(lab):
     assert found["Reasoning", "math"] == (1, 1) and found["Reasoning", ""] == (2, 0.75)
     assert found["total", ""] == (3, pytest.approx(0.875)) and not (out / "figure.png").exists()
     assert "| total " in said and "0.875 [" in said
+    assert "likeliest score tied in 0 of 6 records; mean off-grid mass 0.0000\n" in said
     unpaired = rows[0] | {"pair": None}
     for wrong, message in (([rows[0]], "no whole pair"), ([unpaired], "no 'pair' and 'chosen'")):
         args = (lab.write("q.jsonl", wrong), "--pairs", "--grid", "1,2,3", "--out", lab.path / "e2")
         assert message in lab.fail("eval", *args)[1]
+
+
+def test_a_pair_without_prediction_is_left_out_and_one_at_odds_with_itself_refused(capsys):
+    rows = [response(name, chosen, [0.0, 0.0, 1.0]) for name in "ab" for chosen in (True, False)]
+    rows[1]["prediction"] = None
+    assert pairs.gather(rows, "p") == [rows[2:]]
+    assert "1 pairs with a record without prediction left out: a" in capsys.readouterr().out
+    for change in ({"section": "Chat"}, {"subset": "math"}, {"weight": 2}):
+        with pytest.raises(InputError, match=f"'{next(iter(change))}' differs within its pair"):
+            pairs.gather([*rows[:3], rows[3] | change], "p")
 
 
 def test_random_scores_are_right_in_one_half_of_the_pairs():
@@ -76,7 +89,7 @@ def test_random_scores_are_right_in_one_half_of_the_pairs():
     rows = [
         response(f"{i}", k == 0, draw.dirichlet([1, 1, 1]).tolist()) for i in range(400) for k in range(2)
     ]
-    *_, samples = pairs.compare(rows, resamples=500, seed=0)[-1]
+    *_, samples = pairs.compare(pairs.gather(rows, ""), resamples=500, seed=0)[-1]
     for name in ("accuracy", "decoded"):
         low, high = np.percentile(samples[name], [2.5, 97.5])
         assert low < 0.5 < high and 0.06 < high - low < 0.12
