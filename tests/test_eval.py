@@ -201,10 +201,11 @@ def test_records_without_prediction_are_left_out_and_ties_are_counted(lab, monke
         return plot(axis, x, y, *style, **options)
 
     monkeypatch.setattr(Axes, "plot", spy)
-    rows = predictions(20)
-    rows[0]["score_probs"], rows[1]["score_probs"] = [[0.0] * 5], [[0.1, 0.3, 0.1, 0.3, 0.1]]
-    files = lab.write("a", rows), lab.write("b", predictions(18))
-    first, second, printed = evaluate(lab, *files, "--renormalise")
+    rows = [row | {"renormalised": True} for row in predictions(20)]
+    shorter = lab.write("b", rows[:18])
+    rows[0] |= {"prediction": None, "score_probs": [[0.0] * 5]}
+    rows[1]["score_probs"] = [[0.1, 0.3, 0.1, 0.3, 0.1]]
+    first, second, printed = evaluate(lab, lab.write("a", rows), shorter)
     names = ("records", "without_score", "without_prediction", "not_in_all_files", "tied_likeliest")
     assert [first[name] for name in names] == [20, 0, 1, 2, 1] and first["renormalised"]
     assert [second[name] for name in names] == [18, 0, 0, 1, 0] and drawn == [17, 17]
