@@ -11,6 +11,7 @@ import memory
 import numpy as np
 import pytest
 import real
+import speed
 from conftest import ROOT
 from transformers import MistralConfig
 
@@ -339,6 +340,13 @@ def test_estimated_memory_is_what_is_measured(run_script, capsys):
         run_script(script, *["--fit"] * (script == "memory"))
         tables = capsys.readouterr().out.split("\n\n")
         assert all(table in (ROOT / f"docs/{page}.md").read_text("utf-8") for table in tables)
+
+
+def test_both_columns_of_the_speed_table_are_medians_of_ratios():
+    entry = {"seconds": [[1, 2, 4], [3, 2, 8]], "peak_mib": [[1, 2, 4], [2, 2, 6]], "differ": 0}
+    assert "| 2.00 (1.00 to 3.00) | 1.50 |" in speed.summary({"tasks": {"task": entry}})
+    report = json.loads((ROOT / "results/speed/speed.json").read_text("utf-8"))
+    assert speed.summary(report) in (ROOT / "docs/speed.md").read_text("utf-8")
 
 
 def test_the_ridge_regression_sees_how_far_words_overlap():

@@ -63,7 +63,7 @@ def tables(report: dict) -> str:
         both = [f"{values[metric]:.3f}" for metric in SHOWN]
         rows.append([f"*{name}*", "", "", *both, *[""] * 4])
     text = f"{report['records'][cells.test]} records; mean ± standard deviation of the seeds; 95 % intervals "
-    text += "over seeds and records; tied: records after whose CoT several scores are equally likely.\n\n"
+    text += "over seeds and records; tied: records where several scores are equally likely.\n\n"
     head = ["method, prediction", "seeds", "tied", "r", "RMSE", "r, 5 CoTs", "RMSE, 5 CoTs"]
     head += ["Δr to TRACT", "ΔRMSE to TRACT"]
     filled = [i for i in range(len(head)) if any(row[i] for row in rows)]
