@@ -227,6 +227,7 @@ class Reading(NamedTuple):  # what a file of predictions says when read in one w
     log_score: np.ndarray  # of the true score, nats; a score between two tokens is split as in `two_hot`
     confidence: np.ndarray  # the probability of the likeliest score
     right: np.ndarray  # whether that one is the true score, or its share in it
+    tied: np.ndarray  # the share of its CoTs after which several scores are equally likely
 
 
 def packed(folder: str) -> dict[str, np.ndarray]:
@@ -242,27 +243,39 @@ def predictions(folder: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndar
     """
     if name in (kept := packed(folder)):
         return kept[name].astype(float), kept["true"], kept["grid"]
-    path = f"{folder}/{name}.jsonl"
-    if not Path(path).exists():
+    path = Path(folder, f"{name}.jsonl")
+    if not path.exists():
         return None
-    grid = Grid.parse(runs.read_json(Path(path).with_suffix(".run.json"))["arguments"]["grid"])
+    with open(path, encoding="utf-8") as lines:  # rows of older files do not name their grid
+        named = json.loads(next(lines)).get("grid")
+    grid = Grid.parse(named or runs.read_json(path.with_suffix(".run.json"))["arguments"]["grid"])
     rows = read_records(path, grid, ("id", "score", "finished", "score_probs"))
     true, probs = ([row[key] for row in rows] for key in ("score", "score_probs"))
     return np.array(probs), np.array(true, float), np.array(grid.values)
 
 
+def likeliest(probs: np.ndarray) -> np.ndarray:
+    """Return the share of each score in being the likeliest, (..., S): equally likely ones share it."""
+    top = probs == probs.max(-1, keepdims=True)
+    return top / top.sum(-1, keepdims=True)
+
+
 def readings(probs: np.ndarray, true: np.ndarray, values: np.ndarray) -> dict[str, Reading]:
-    """Return the readings of `predictions`, of the first CoT and as NAME@5 of all."""
+    """Return the readings of `predictions`, of the first CoT and as NAME@5 of all.
+
+    Where several scores are equally likely, decoded is their mean, as in `records.predicted`.
+    """
     share, n = two_hot(torch.tensor(true), torch.tensor(values)).numpy(), probs.shape[1]  # (n, S), CoTs
     found = {}
     for cots, at in {1: "", n: f"@{n}" if n > 1 else ""}.items():
         first = probs[:, :cots]  # (records, CoTs, S)
+        top = likeliest(first)
         for name, each in (("rail", first), ("renormalised", first / first.sum(-1, keepdims=True))):
             p = each.mean(1)  # (records, S)
             log_score = (np.log(p.clip(1e-7)) * share).sum(1)
-            right = share[np.arange(len(true)), p.argmax(1)]
-            found[name + at] = Reading(p @ values, log_score, p.max(1), right)
-        decoded = values[first.argmax(-1)].mean(1)  # of the same distribution
+            right = (likeliest(p) * share).sum(1)
+            found[name + at] = Reading(p @ values, log_score, p.max(1), right, (top.max(-1) < 1).mean(1))
+        decoded = (top @ values).mean(1)  # of the same distribution
         found["decoded" + at] = found["renormalised" + at]._replace(predictions=decoded)
     return found
 
@@ -330,7 +343,9 @@ def summarise(folders: list[str], tests: dict[str, Iterable[str]], split: str) -
     for key in tqdm(read, desc="bootstrap", unit="cell", dynamic_ncols=True):
         (row, test, reading), own = key, tuple(read[key])
         cells.append({"row": row, "test": test, "reading": reading, "seeds": [Path(f).name for f in own]})
-        for name, values in metrics_of(*together(key, own)).items():
+        of_seeds, scores = together(key, own)
+        cells[-1]["tied"] = float(of_seeds.tied.mean())
+        for name, values in metrics_of(of_seeds, scores).items():
             sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
             cells[-1][name] = {"per_seed": values.tolist(), "mean": float(values.mean()), "sd": sd}
             within = interval(samples(key, own)[name])

@@ -138,10 +138,10 @@ def summary(report: dict) -> str:
 
     rows = []
     for task, entry in report["tasks"].items():
-        ratios = sorted(now / before for before, now in zip(*entry["seconds"], strict=True))
-        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        peak = statistics.median(entry["peak_mib"][1]) / statistics.median(entry["peak_mib"][0])
-        rows.append([task, spread, f"{peak:.2f}", f"{entry['differ']:.0e}"])
+        times = sorted(now / before for before, now in zip(*entry["seconds"], strict=True))
+        memory = [now / before for before, now in zip(*entry["peak_mib"], strict=True)]
+        spread = f"{statistics.median(times):.2f} ({times[0]:.2f} to {times[-1]:.2f})"
+        rows.append([task, spread, f"{statistics.median(memory):.2f}", f"{entry['differ']:.0e}"])
     head = ["task", "times as long as before", "peak memory, times as much", "differ by at most"]
     return table(head, rows)
 

@@ -11,11 +11,13 @@ import memory
 import numpy as np
 import pytest
 import real
+import speed
 from conftest import ROOT
 from transformers import MistralConfig
 
 from data.tiny import ideal, prepare
 from eval import METRICS, against_others
+from records import Grid, predicted
 
 RESULTS = ROOT / "results/ablations"
 METRICS_SHOWN = ("pearson", "rmse")
@@ -112,9 +114,9 @@ def test_the_gpu_is_asked_for_in_another_process(monkeypatch):
 def test_what_is_packed_needs_no_file(tmp_path, lab):
     row = {"prompt": "x", "score": 4.5, "finished": [True] * 2, "score_probs": [[0.125, 0.75], [0.5, 0.5]]}
     (tmp_path / "seed1").mkdir()
-    for name in ("tract.test", "ce.test"):
-        path = lab.write(f"seed1/{name}.jsonl", [row])
-        path.with_suffix(".run.json").write_text('{"arguments": {"grid": "1,5"}}')
+    (tmp_path / "seed1/ce.test.run.json").write_text('{"arguments": {"grid": "1,5"}}')  # an older file
+    for name, grid in (("tract.test", {"grid": "1=1,5=5"}), ("ce.test", {})):
+        path = lab.write(f"seed1/{name}.jsonl", [row | grid])
         real.pack(f"{tmp_path}/seed1", [name], {"grid": "1,5"})
         path.unlink()
     for name in ("tract.test", "ce.test"):
@@ -164,7 +166,7 @@ def test_bootstrap_resamples_seeds_and_records():
     true, noise = np.random.default_rng(0).normal(size=(2, 400))
 
     def read(predictions: np.ndarray) -> ablations.Reading:
-        return ablations.Reading(predictions, *np.zeros((3, *predictions.shape)))
+        return ablations.Reading(predictions, *np.zeros((4, *predictions.shape)))
 
     column = np.stack([noise, np.full(400, 0.1)])  # r of a constant is undefined, and counts as 0
     found = ablations.metrics_of(read(column), true)
@@ -188,6 +190,21 @@ def test_log_score_and_calibration_of_a_score_between_two_tokens(tmp_path, lab):
     assert [*found["rail"].log_score] == pytest.approx([math.log(0.2) / 4 + math.log(0.6) * 3 / 4] * 2)
     assert [*found["renormalised"].confidence] == pytest.approx([0.75, 0.75])
     assert [*found["rail"].right] == [0.75, 0.75] and [*found["decoded"].predictions] == [5, 5]
+
+
+def test_readings_are_what_predict_py_makes_of_the_same_probabilities():
+    """Two CoTs a record, after most of which several scores are equally likely."""
+    probs = np.array([[[0.4, 0.4, 0.1], [0.1, 0.3, 0.3]], [[0.2, 0.6, 0.1], [0.3, 0.3, 0.3]]])
+    grid = Grid.parse("1,2,4")
+    read = ablations.readings(probs, np.array([1, 3]), np.array(grid.values))
+    for name, cots in (("", 1), ("@2", 2)):
+        for reading in ("rail", "renormalised"):
+            said = [predicted(each[:cots].tolist(), grid, reading == "renormalised") for each in probs]
+            expected, decoded = zip(*said, strict=True)
+            assert [*read[reading + name].predictions] == pytest.approx(expected)
+            assert [*read["decoded" + name].predictions] == pytest.approx(decoded)
+    assert [*read["rail"].right] == [0.5, 0.5]  # 1 or 2 where 1 is true; 2 where 3 is, half of it
+    assert [*read["rail"].tied] == [1, 0] and [*read["rail@2"].tied] == [1, 0.5]
 
 
 def test_ideal_judges_know_how_the_task_is_drawn():
@@ -323,6 +340,13 @@ def test_estimated_memory_is_what_is_measured(run_script, capsys):
         run_script(script, *["--fit"] * (script == "memory"))
         tables = capsys.readouterr().out.split("\n\n")
         assert all(table in (ROOT / f"docs/{page}.md").read_text("utf-8") for table in tables)
+
+
+def test_both_columns_of_the_speed_table_are_medians_of_ratios():
+    entry = {"seconds": [[1, 2, 4], [3, 2, 8]], "peak_mib": [[1, 2, 4], [2, 2, 6]], "differ": 0}
+    assert "| 2.00 (1.00 to 3.00) | 1.50 |" in speed.summary({"tasks": {"task": entry}})
+    report = json.loads((ROOT / "results/speed/speed.json").read_text("utf-8"))
+    assert speed.summary(report) in (ROOT / "docs/speed.md").read_text("utf-8")
 
 
 def test_the_ridge_regression_sees_how_far_words_overlap():

@@ -57,12 +57,14 @@ def tables(report: dict) -> str:
             within = "[{low:.3f}, {high:.3f}]".format(**cell["pearson"])
             many = [cells.mean(row, metric, f"{reading}@5") for metric in SHOWN]
             apart = [cells.difference(row, metric, reading) for metric in SHOWN]
-            rows.append([label, len(cell["seeds"]), f"{r} {within}", rmse, *many, *apart])
+            tied = f"{100 * cell['tied']:.1f} %" if reading == "decoded" else ""
+            rows.append([label, len(cell["seeds"]), tied, f"{r} {within}", rmse, *many, *apart])
     for name, values in report["baselines"].items():
-        rows.append([f"*{name}*", "", f"{values['pearson']:.3f}", f"{values['rmse']:.3f}", "", "", "", ""])
+        both = [f"{values[metric]:.3f}" for metric in SHOWN]
+        rows.append([f"*{name}*", "", "", *both, *[""] * 4])
     text = f"{report['records'][cells.test]} records; mean ± standard deviation of the seeds; 95 % intervals "
-    text += "over seeds and records.\n\n"
-    head = ["method, prediction", "seeds", "r", "RMSE", "r, 5 CoTs", "RMSE, 5 CoTs"]
+    text += "over seeds and records; tied: records where several scores are equally likely.\n\n"
+    head = ["method, prediction", "seeds", "tied", "r", "RMSE", "r, 5 CoTs", "RMSE, 5 CoTs"]
     head += ["Δr to TRACT", "ΔRMSE to TRACT"]
     filled = [i for i in range(len(head)) if any(row[i] for row in rows)]
     rows = [[row[i] for i in filled] for row in (head, *rows)]
