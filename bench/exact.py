@@ -88,7 +88,7 @@ def price(args, records: list[dict], grid: Grid) -> None:
     """Print time and memory of a training step and of reading scores, as ratios to the head in bf16."""
     judge = load_judge(args.model, grid, True)
     score_ids = judge.scores["score_ids"].tolist()
-    examples = [encode(judge.tokenizer, r, grid, score_ids) for r in records[:8]]
+    examples = [encode(judge.tokenizer, r, grid, score_ids) for r in records[:4]]
     texts = [list(e.ids[: e.score_position]) for e in examples]
     batch = stage1_train.collate(examples, 0)
     model = models.load_for_training(args.model, None, True, True)
@@ -129,7 +129,7 @@ def main() -> None:
     add("--data", default="out/real/ists/test.jsonl", help="JSONL file of records with CoTs")
     add("--grid", default="0,1,2,3,4,5", help="score grid")
     add("--records", type=runs.COUNT, default=50, help="how many of them, the first ones")
-    add("--rounds", type=runs.COUNT, default=9, help="turns that each head gets")
+    add("--rounds", type=runs.COUNT, default=5, help="turns that each head gets")
     args = parser.parse_args()
     grid = Grid.parse(args.grid)
     records = read_records(args.data, grid, ("id", "prompt", "cot", "score"))[: args.records]
