@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
+import hub
 import models
 import runs
 from encode import prefix_ids, prompt_ids, score_tokens, thinks
@@ -53,7 +54,7 @@ def load_judge(name: str, grid: Grid, bf16: bool, vllm: dict | None = None) -> J
     if vllm is not None:
         from vllm_engine import Engine
 
-        return Judge(Engine(name, bf16, vllm), tokenizer, grid, suffix_ids, [], scores)
+        return Judge(Engine(name, tokenizer, bf16, vllm), tokenizer, grid, suffix_ids, [], scores)
     model = models.load_model(name, torch.bfloat16 if bf16 else torch.float32)
     ends = model.generation_config.eos_token_id  # Llama-3 has several
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
@@ -209,10 +210,12 @@ def process_file(args, need: tuple[str, ...], texts_of: Callable, answer: Callab
     """
     started, writes = time.time(), not (args.no_cot or args.given)
     runs.check_out(args)
-    trained = runs.read_json(Path(args.model) / "run.json").get("arguments")
-    if trained and trained["no_cot"] and not args.no_cot:
+    if args.engine_args and args.engine != "vllm":
+        raise InputError("--engine-args: are for --engine vllm")
+    trained = hub.trained(args.model)
+    if trained and trained.get("no_cot") and not args.no_cot:
         raise InputError(f"{args.model}: was trained without CoTs, knows none; use predict.py --no-cot")
-    if trained and args.no_cot and not trained["no_cot"]:
+    if trained and args.no_cot and not trained.get("no_cot"):
         raise InputError(f"{args.model}: was trained with CoTs, needs one; leave --no-cot away")
     records = read_records(args.data, args.grid, need)
     suffix = args.grid.suffix.strip()
@@ -300,7 +303,7 @@ def make_parser(description: str, model: str, data: str, out: str) -> argparse.A
     """Make the options of both scripts that write CoTs; `how_many` is the group of --num-cots."""
     parser = argparse.ArgumentParser(description=description, formatter_class=runs.Help, allow_abbrev=False)
     add = parser.add_argument_group("what goes in and out").add_argument
-    add("--model", default=model, help=f"checkpoint folder, hub id or one of {', '.join(models.MODELS)}")
+    add("--model", default=model, help=f"checkpoint folder, hub id or one of {', '.join(hub.MODELS)}")
     add("--data", default=str(ROOT / "data/tiny" / data), help="JSONL file of records")
     add("--out", type=Path, default=Path(out), help="JSONL file to write")
     group = parser.add_argument_group("sampling (the defaults are the paper's)")

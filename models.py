@@ -1,18 +1,18 @@
 """Load a model and its tokenizer, add LoRA, refuse what this code can't follow. Skip this file at first."""
 
-import json
 import os
 import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
-from ranks import is_spread
+from encode import prompt_ids
+from hub import base_of, folder_of, place_of, refusal, resolve
+from ranks import is_spread, refuse_dropout
 from records import ROOT, Grid, InputError
 
 # peft still asks for a deprecated name; and missing adapter keys are an error here
@@ -21,17 +21,6 @@ logging.set_verbosity_error()  # its tracebacks and hints would bury our one lin
 logging.disable_progress_bar()
 
 TINY_SEED = str(ROOT / "data/tiny/seed")  # the seed model of the embedded task
-MODELS = {  # what `--model NAME` stands for; any other name is a folder or a hub id
-    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.2",
-    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
-    "prometheus-2-7b": "prometheus-eval/prometheus-7b-v2.0",
-    "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
-    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
-    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
-    "qwen3-8b": "Qwen/Qwen3-8B",
-    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
-}
 
 
 def device() -> torch.device:
@@ -43,58 +32,77 @@ def has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def resolve(name: str) -> str:
-    """Return the hub id of an alias, the absolute path of a folder (adapters remember it), or the name."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else MODELS.get(name, name)
-
-
 def cant(name: str, what: str, error: Exception) -> InputError:
-    return InputError(f"{name}: {what} ({str(error).partition(chr(10))[0][:160]})")
+    return InputError(f"{name}: {what} ({' '.join(str(error).split())[:200]})")
 
 
 def load_tokenizer(name: str):
     """Load a tokenizer; its `positions` are the tokens that the model was made for. Raises InputError."""
-    if (folder := Path(name)).is_dir() and not {"config.json", "adapter_config.json"} & {*os.listdir(folder)}:
+    folder, base = folder_of(name), base_of(name)
+    if Path(name).is_dir() and not base and not (folder / "config.json").is_file():
         raise InputError(f"{name}: a folder without config.json; give the --out of a training stage")
+    borrows = base and not (folder / "tokenizer_config.json").is_file()
     try:
-        config = AutoConfig.from_pretrained(resolve(base_of(name) or name)).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
-    except (OSError, ValueError) as error:
-        what = f"neither a checkpoint nor on the hub; known are {', '.join(MODELS)}"
-        raise cant(name, what, error) from None
+        config = AutoConfig.from_pretrained(resolve(base or name)).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(place_of(base if borrows else name))
+    except Exception as error:  # transformers can raise anything
+        raise refusal(name, error) from None
     tokenizer.positions = getattr(config, "max_position_embeddings", None) or 10**9
+    check_ids(name, tokenizer, config)
     if not tokenizer.chat_template:
         print(f"{name}: no chat template; prompts are given as they are, with a newline after them")
     return tokenizer
 
 
-def base_of(name: str) -> str | None:
-    """Return the base model of a folder with a LoRA adapter; None for any other model."""
-    config = Path(name) / "adapter_config.json"
-    return json.loads(config.read_text("utf-8"))["base_model_name_or_path"] if config.is_file() else None
+def check_ids(name: str, tokenizer, config) -> None:
+    """Refuse token ids beyond the embeddings, but for added tokens that nothing ever writes."""
+    added = tokenizer.added_tokens_decoder
+    used = [id for id in tokenizer.get_vocab().values() if id not in added] + prompt_ids(tokenizer, "a")
+    largest = max(*used, tokenizer.eos_token_id or 0, config.pad_token_id or 0)
+    if largest >= config.vocab_size:
+        what = f"token {largest} is beyond the {config.vocab_size} embeddings of the model"
+        raise InputError(f"{name}: {what}; give it the tokenizer and the pad_token_id that it came with")
 
 
 def load_model(name: str, dtype: torch.dtype, trainable: bool = False):
     """Load a causal language model, or an adapter (in fp32) on its base, in eval mode. Raises InputError."""
-    if base := base_of(name):
-        from peft import PeftModel, get_peft_model_state_dict
-        from peft.utils import load_peft_weights
-
-        model = PeftModel.from_pretrained(load_model(base, dtype), resolve(name), is_trainable=trainable)
-        if get_peft_model_state_dict(model).keys() != load_peft_weights(resolve(name)).keys():
-            raise InputError(f"{name}: does not fit its base {base}; give the base it was trained on")
-        return model.eval()
+    base = base_of(name)
+    if base:
+        return load_adapter(name, load_model(base, dtype), trainable)
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(resolve(name), **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise cant(name, "its weights can't be loaded; get the files anew", error) from None
+        model = model.to(device()).eval()
+    except Exception as error:  # transformers can raise anything
+        raise refusal(name, error) from None
     if missing := sorted(loaded["missing_keys"]):
         raise InputError(f"{name}: lacks weights ({', '.join(missing[:3])}); give a causal language model")
     try:
-        check_model(name, model.to(device()).eval())
+        check_model(name, model)
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise cant(name, "keeps more than keys and values; choose another model", error) from None
+    return model
+
+
+def load_adapter(name: str, base, trainable: bool):
+    """Put an adapter on its base; refuse one that decoder and head alone do not follow. Raises InputError."""
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    try:
+        folder = place_of(name)
+        config = PeftConfig.from_pretrained(folder)
+        if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
+            what = f"its adapter ({config.peft_type.value}) depends on the prompt, or adds to it"
+            raise InputError(f"{name}: {what}; only one that changes layers, as LoRA, is followed")
+        if not any(Path(folder).glob("adapter_model.*")):
+            raise InputError(f"{name}: has no adapter_model.safetensors; get that, too")
+        model = PeftModel.from_pretrained(base, folder, is_trainable=trainable).eval()
+        if get_peft_model_state_dict(model).keys() != load_peft_weights(folder).keys():
+            raise ValueError("it does not fit its base")
+        check_model(name, model)
+    except Exception as error:  # peft can raise anything
+        raise refusal(name, error) from None
     return model
 
 
@@ -163,10 +171,15 @@ def load_for_training(name: str, lora_rank: int | None, checkpointing: bool, bf1
     own. None: train all weights, an adapter's added to its base's. checkpointing: recompute activations.
     """
     model = load_model(name, torch.bfloat16 if lora_rank and bf16 else torch.float32, trainable=True)
+    is_adapter = hasattr(model, "peft_config")
     if lora_rank is None:
-        model = (model.merge_and_unload() if base_of(name) else model).requires_grad_(True)
-    elif not base_of(name):
+        model = (merge(name, model) if is_adapter else model).requires_grad_(True)
+    elif not is_adapter:
         model = add_lora(model, lora_rank)
+    for weight in model.parameters():
+        if weight.requires_grad:  # an adapter folder may train whole layers, too, or biases
+            weight.data = weight.data.float()
+    refuse_dropout(name, model)
     for module in model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             # Turn off peft's fp32 cast of adapter inputs: autocast would undo it and keep a copy per layer
@@ -174,6 +187,18 @@ def load_for_training(name: str, lora_rank: int | None, checkpointing: bool, bf1
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+def merge(name: str, model):
+    """Add an adapter to the weights of its base. Raises InputError where that would change others, too."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    changed = any(p.requires_grad for module in ends for p in module.parameters())
+    if changed and model.config.get_text_config().tie_word_embeddings:
+        raise InputError(f"{name}: changes the head or the embeddings, which are tied; train it with --lora")
+    try:
+        return model.merge_and_unload()
+    except Exception as error:  # not all types can
+        raise cant(name, "its adapter can't be merged; train it with --lora", error) from None
 
 
 def print_memory(model) -> None:

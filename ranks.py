@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from records import InputError
+
 
 def join() -> None:
     """Join the other processes, if torchrun started this one; the first alone goes on printing."""
@@ -32,6 +34,17 @@ def launched() -> bool:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def refuse_dropout(name: str, model) -> None:
+    """Refuse dropout in several ranks: all would draw the same numbers. Raises InputError."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    for module in model.modules() if ranks > 1 else ():
+        for field, x in vars(module).items():
+            named = "drop" in field or isinstance(module, torch.nn.Dropout)
+            if named and isinstance(x, float) and x > 0:
+                remedy = "set all that holds 'drop' in its config.json, or adapter_config.json, to 0"
+                raise InputError(f"{name}: several processes would draw the same dropout; {remedy}")
 
 
 def micro_batches(examples: list, size: int) -> Iterator[tuple[list, bool]]:

@@ -126,6 +126,8 @@ def significant(number: float) -> float:
 
 def read_records(path: str | Path, grid: Grid, need: Iterable[str] = ("id", "prompt")) -> list[dict]:
     """Read a JSONL file of records with the fields `need`. Raises InputError, with path:line and remedy."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise InputError(f"{path}: no file but a folder or a pipe, which is read once; write it into a file")
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; give a JSONL file of records (data/*/prepare.py make some)")
     records, first_seen, need = [], {}, tuple(need)

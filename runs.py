@@ -20,10 +20,18 @@ from typing import IO
 
 from tqdm import tqdm
 
+import hub
+from hub import read_json, sha256
 from records import ROOT, Grid, InputError
 
-GO_ON = "what was finished is kept; mend it (is the disk full?) and give the same command to go on"
+GO_ON = "what was finished is kept; mend it and give the same command to go on"
 PASSING = {"lock", "settings.json", "settings.json.tmp", "state.pt"}  # what OUT.part has and OUT has not
+LIBRARIES = ("torch", "transformers", "tokenizers", "peft")
+CODE = "encode gen_cot loss models predict ranks records stage1_train stage2_train vllm_engine".split()
+CODE = [f"{name}.py" for name in CODE] + ["data/prometheus_prompt.py", "data/prometheus_prompt.txt"]
+FREE = {"out", "dry_run", "save_every", "model", "engine_args"}  # do not decide, or not by themselves
+FREE_OF_VLLM = {"max_model_len", "gpu_memory_utilization", "tensor_parallel_size", "pipeline_parallel_size"}
+FREE_OF_VLLM |= {"max_num_seqs", "max_num_batched_tokens", "max_lora_rank", "swap_space", "cpu_offload_gb"}
 
 
 class Fault(Exception):
@@ -32,6 +40,8 @@ class Fault(Exception):
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; its errors end in one line on stderr and exit code 2, if stopped 130, else 1."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
         main()
     except (InputError, Fault, OSError, KeyboardInterrupt) as error:
@@ -42,10 +52,6 @@ def run(main: Callable[[], None]) -> None:
 
 def to_line(record: dict) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def seed_of(name: str) -> int:
@@ -63,16 +69,9 @@ def write_whole(path: str | Path, content: str | Callable[[IO], None]) -> None:
             os.fsync(out.fileno())
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         beside.unlink(missing_ok=True)
-        raise Fault(f"{path}: can't be written ({str(error).splitlines()[0][:120]}); {GO_ON}") from None
+        full = "" if isinstance(error, OSError) else "is the disk full? "
+        raise Fault(f"{path}: can't be written ({full}{str(error).splitlines()[0][:120]}); {GO_ON}") from None
     beside.replace(path)
-
-
-def read_json(path: Path) -> dict:
-    """Read a file that a run left; {} where there is none. Raises InputError where it is broken."""
-    try:
-        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except ValueError:
-        raise InputError(f"{path}: is broken; remove what it belongs to and make that anew") from None
 
 
 def write_run(path: Path, args: argparse.Namespace, settings: dict, started: float, **facts) -> None:
@@ -81,22 +80,25 @@ def write_run(path: Path, args: argparse.Namespace, settings: dict, started: flo
     if shutil.which("git"):
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     run = {"script": Path(sys.argv[0]).name, "git_commit": (git or "").strip() or None}
-    run |= {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "peft")}
+    run |= {name: metadata.version(name) for name in LIBRARIES}
     run |= {"python": platform.python_version(), "wall_seconds": round(time.time() - started, 1)}
     run |= {"arguments": vars(args) | {"grid": str(args.grid), "suffix": args.grid.suffix}}
-    run |= {"inputs": {name: settings[name] for name in ("model", "data", "valid") if settings.get(name)}}
+    inputs = ("model ", "base ", "data", "valid")
+    run |= {"inputs": {name: x for name, x in settings.items() if name.startswith(inputs)}}
     write_whole(path, json.dumps(run | facts, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def settings_of(args: argparse.Namespace) -> dict:
-    """Return all that decides a run's result: options, and files by their content, not by their names."""
-    free = ("out", "dry_run", "save_every")
-    settings = {name: value for name, value in vars(args).items() if name not in free}
+    """Return all that decides a run's result: options, files by their contents, versions, this code."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
     settings |= {"grid": str(args.grid), "suffix": args.grid.suffix}
     settings |= {name: sha256(settings[name]) for name in ("data", "valid") if settings.get(name)}
-    if (folder := Path(args.model)).is_dir():
-        files = {path.name: sha256(path) for path in folder.glob("*.json")}
-        settings["model"] = files | {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    groups = {"model": hub.identity(args.model), "base": hub.identity(hub.base_of(args.model))}
+    groups["vLLM"] = {key: x for key, x in getattr(args, "engine_args", []) if key not in FREE_OF_VLLM}
+    groups["version of"] = {name: metadata.version(name) for name in LIBRARIES}
+    groups["code of"] = {name: sha256(ROOT / name) for name in CODE}
+    for group, entries in groups.items():
+        settings |= {f"{group} {name}": value for name, value in entries.items()}
     return json.loads(json.dumps(settings, default=str))
 
 
@@ -116,10 +118,21 @@ def begin(args: argparse.Namespace) -> tuple[Path, dict, IO]:
     check_out(args)  # again, for another process may have finished it
     before = read_json(begun) or settings
     for key in before | settings:
-        if (was := before.get(key)) != (now := settings.get(key)):
-            raise InputError(f"{part}: begun with other settings ({key} was {was}, is {now}); remove it")
+        if before.get(key) != settings.get(key):
+            what = f"{key} was {before.get(key)!s:.40}, is {settings.get(key)!s:.40}"
+            raise InputError(f"{part}: begun with other settings ({what}); go back to them, or remove it")
     write_whole(begun, json.dumps(settings))
     return part, settings, held
+
+
+def finish(part: Path, out: Path) -> None:
+    """Give part/whole, of which run.json is written last, its name; remove what only going on needs."""
+    (part / "state.pt").unlink(missing_ok=True)
+    for path in (part / "whole").rglob("*"):
+        if path.is_file():  # safetensors writes files that nobody else may read
+            path.chmod((part / "settings.json").stat().st_mode)
+    (part / "whole").rename(out)
+    shutil.rmtree(part)
 
 
 def check_out(args: argparse.Namespace) -> None:
@@ -156,13 +169,16 @@ def add_common_arguments(parser: argparse.ArgumentParser, bf16: bool) -> None:
     add("--suffix", help="words between CoT and score; None: the checkpoint's or 'So the overall score is'")
     add("--max-length", type=COUNT, default=3000, help="tokens; longer records are left out, and counted")
     add("--seed", type=SEED, default=0, help="random seed")
-    precision("--bf16", action="store_true", default=bf16, help="compute in bf16, which new CPUs do fast too")
-    precision("--fp32", action="store_false", dest="bf16", default=bf16, help="compute in fp32")
+    parser.set_defaults(bf16=bf16)
+    quiet = {"dest": "bf16", "default": argparse.SUPPRESS}  # the help of the first names the default of both
+    where = "the default on a GPU that has it, else --fp32; new CPUs do it fast, too"
+    precision("--bf16", action="store_true", **quiet, help=f"compute in bf16: {where}")
+    precision("--fp32", action="store_false", **quiet, help="compute in fp32")
 
 
 def choose_grid(args: argparse.Namespace) -> Grid:
     """Return the grid asked for, else the checkpoint's or the default. Raises InputError."""
-    made = read_json(Path(args.model) / "run.json").get("arguments")
+    made = hub.trained(args.model)
     default = Grid.parse(made["grid"], made["suffix"]) if made else Grid()
     grid = Grid.parse(args.grid or str(default), default.suffix if args.suffix is None else args.suffix)
     if made and grid != default:

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+import hub
 import models
 import ranks
 import runs
@@ -231,6 +233,9 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     runs.check_out(args)
     if args.fsdp and (args.lora or not ranks.launched()):
         raise InputError("--fsdp: spreads all weights (--full) over the processes that torchrun starts")
+    rank = hub.read(args.model, "adapter_config.json").get("r", args.lora)
+    if args.lora and args.lora != rank:
+        raise InputError(f"--lora {args.lora}: {args.model} has adapters of rank {rank}; leave that away")
     tokenizer = models.load_tokenizer(args.model)
     _, score_ids = score_tokens(tokenizer, args.grid)
     how = (args, need, cots_of, tokenizer, score_ids)
@@ -254,6 +259,10 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     others = Path(f"{args.out}.part"), None, None
     part, settings, _lock = others if ranks.rank() else runs.begin(args)  # the lock is held until the end
     ranks.wait()
+    whole = part / "whole"  # what --out will be
+    if ranks.anyone((whole / "run.json").is_file()):  # killed just before it was
+        print(f"{part}: is trained already")
+        return None if ranks.rank() else runs.finish(part, args.out)
     torch.manual_seed(args.seed)
     model = models.load_for_training(args.model, args.lora, args.gradient_checkpointing, args.bf16)
     if args.fsdp:
@@ -261,7 +270,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     models.print_memory(model)
     choices = {name: getattr(args, name) for name in ("lam", "penalty", "ce_weight", "score_ce", "ce_sum")}
     loss = partial(cot_raft_loss, **models.score_tensors(score_ids, args.grid), **choices)
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad_id = tokenizer.eos_token_id  # nothing depends on it, and the padding token may have no embedding
     try:
         speed = train(args, model, plan, held_out, loss, pad_id, part)
         weights = ranks.together(model.state_dict()) if args.fsdp else None
@@ -269,20 +278,20 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
             return
         log = [json.loads(line) for line in (part / "log.jsonl").read_text("utf-8").splitlines()]
         check_end(part, [line["taken"] for line in log])
-        model.save_pretrained(part, state_dict=weights)
-        tokenizer.save_pretrained(part)
+        model.save_pretrained(whole, state_dict=weights)
+        tokenizer.save_pretrained(whole)
     except torch.OutOfMemoryError:
         raise Fault(f"{part}: out of memory; lower --batch-size or --max-length, or use --lora") from None
     except SafetensorError as error:
         raise Fault(f"{part}: the checkpoint can't be written ({error}); {runs.GO_ON}") from None
 
     # run.json, then the final name: a folder called args.out is always whole
+    shutil.copy(part / "log.jsonl", whole)
+    (whole / "README.md").unlink(missing_ok=True)  # peft's, a form to fill in
     facts = {"examples": len(examples), "tokens": tokens, "tokens_per_second": speed, "last_step": log[-1]}
     facts |= {"enable_thinking": thinks(tokenizer)}
-    runs.write_run(part / "run.json", args, settings, started, **facts)
-    part.rename(args.out)
-    for name in (*runs.PASSING, "README.md"):  # the last is peft's, a form to fill in
-        (args.out / name).unlink(missing_ok=True)
+    runs.write_run(whole / "run.json", args, settings, started, **facts)
+    runs.finish(part, args.out)
     print(f"{args.out}: stage {args.stage} done in {time.time() - started:.0f} s")
 
 
@@ -331,24 +340,31 @@ def make_parser(description: str, stage: int) -> argparse.ArgumentParser:
     """Make the options of both training stages; which defaults they have depends on --model."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", default=TINY_SEED)
-    model = first.parse_known_args()[0].model
-    # p_s is trained on as its seed was (A.4)
-    seed = runs.read_json(Path(model) / "run.json").get("arguments", {}).get("model", model)
+    first.add_argument("--help", "-h", action="store_true")  # which shall not wait for the hub
+    asked = first.parse_known_args()[0]
+    seed, own_rank = asked.model, 8
+    try:  # p_s is trained on as its seed was (A.4)
+        seed = hub.trained(asked.model, offline=asked.help).get("model", seed)
+        own_rank = hub.read(asked.model, "adapter_config.json", offline=asked.help).get("r", own_rank)
+    except InputError:  # which is said when the options are read
+        pass
     embedded = Path(seed).resolve() == Path(TINY_SEED)
-    large = models.resolve(seed) in map(models.resolve, LORA_BY_DEFAULT)
+    large = hub.resolve(seed) in map(hub.resolve, LORA_BY_DEFAULT)
     data = ROOT / "data" / ("tiny" if embedded else "feedback_collection") / "train.jsonl"
 
     parser = argparse.ArgumentParser(description=description, formatter_class=runs.Help, allow_abbrev=False)
     add = parser.add_argument_group("what goes in and out").add_argument
-    add("--model", default=TINY_SEED, help=f"seed model: folder, hub id or one of {', '.join(models.MODELS)}")
+    add("--model", default=TINY_SEED, help=f"seed model: folder, hub id or one of {', '.join(hub.MODELS)}")
     add("--data", default=str(data) if stage == 1 else "out/cots.jsonl", help="JSONL file of records")
     add("--valid", help="JSONL file of held-out records; None: that of stage 1's default --data, or none")
     add("--out", type=Path, default=Path(f"out/stage{stage}"), help="folder of the checkpoint")
     add("--dry-run", action="store_true", help="only show options and an example with its loss mask")
     add = parser.add_argument_group("what is trained").add_mutually_exclusive_group().add_argument
-    rank = {"nargs": "?", "const": 8, "type": COUNT, "metavar": "RANK", "default": 8 if large else None}
-    add("--lora", **rank, help="adapters of this rank, or of rank 8, on all linear layers; None: all weights")
-    add("--full", action="store_const", const=None, dest="lora", help="all weights, in fp32")
+    rank = {"nargs": "?", "const": own_rank, "default": own_rank if large else None}
+    what = f"adapters of this rank, or of rank {own_rank}, on all linear layers; None: all weights"
+    add("--lora", **rank, type=COUNT, metavar="RANK", help=what)
+    full = {"action": "store_const", "const": None, "dest": "lora", "default": argparse.SUPPRESS}
+    add("--full", **full, help="all weights, in fp32")
     add = parser.add_argument_group("loss: ce-weight · CE + λ · penalty, as in loss.py").add_argument
     add("--lambda", dest="lam", type=WEIGHT, default=1.0, help="λ, weight of the penalty; 0 leaves CE")
     add("--penalty", choices=("squared", "rps", "ntl"), default="squared", help="distance to the true score")
@@ -380,6 +396,9 @@ def main() -> None:
     if Path(args.data).resolve() == default:
         args.valid = args.valid or str(default.with_name("valid.jsonl"))
         ranks.join()
+        if not default.is_file():  # it is large: look at the rest first
+            runs.check_out(args)
+            models.load_tokenizer(args.model)
         if not default.is_file() and not ranks.rank():
             print(f"{default}: not there yet; {default.with_name('prepare.py')} gets it", flush=True)
             if code := subprocess.run([sys.executable, default.with_name("prepare.py")]).returncode:

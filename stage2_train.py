@@ -6,8 +6,7 @@ Stage 1's loop on other data. Training now sees the CoTs that prediction will se
 own words are worth. It starts from the seed, not from p_s, which has learned to trust the annotator's words.
 """
 
-from pathlib import Path
-
+import hub
 import runs
 from records import InputError
 from stage1_train import make_parser, run_stage
@@ -20,7 +19,7 @@ def main() -> None:
     add("--continue-from-stage1", action="store_true", help="--model is p_s and this is meant (ablation A.4)")
     args = parser.parse_args()
 
-    stage = runs.read_json(Path(args.model) / "run.json").get("arguments", {}).get("stage")
+    stage = hub.trained(args.model).get("stage")
     if stage is not None and not args.continue_from_stage1:
         remedy = "stage 2 starts from the seed model; give that, or --continue-from-stage1 (ablation A.4)"
         raise InputError(f"{args.model}: the checkpoint of stage {stage}, but {remedy}")

@@ -6,37 +6,50 @@ CoT. CoTs differ from those of gen_cot.py, for vLLM draws other random numbers; 
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
+import hub
 from loss import Rail
-from models import base_of, resolve
 from records import InputError
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM has room for
 
 
 class Engine:
     """Stand in for a model in gen_cot's Judge; the adapter of a LoRA folder goes along with every request."""
 
-    def __init__(self, name: str, bf16: bool, options: dict):
+    def __init__(self, name: str, tokenizer, bf16: bool, options: dict):
+        """Load a model; vLLM's `max_model_len` limits the tokenizer's positions. Raises InputError."""
         try:
             from vllm import LLM
             from vllm.lora.request import LoRARequest
         except ImportError as error:
             remedy = "pip install vllm, in an environment of its own, then requirements.txt without torch"
             raise InputError(f"--engine vllm: {error}; {remedy}") from None
-        base, self.adapter = base_of(name), None
+        base, self.adapter = hub.base_of(name), None
         if base:
-            rank = json.loads((Path(name) / "adapter_config.json").read_text("utf-8"))["r"]
-            options = {"enable_lora": True, "max_lora_rank": max(rank, 8)} | options
-            self.adapter = LoRARequest("adapter", 1, resolve(name))
-        own = {"dtype": "bfloat16" if bf16 else "float32", "tokenizer": resolve(name)}
-        self.llm = LLM(model=resolve(base or name), **own | options)
+            config = hub.read(name, "adapter_config.json")
+            ranks = [config.get("r", 0), *config.get("rank_pattern", {}).values()]
+            room = [rank for rank in LORA_RANKS if rank >= max(ranks)]
+            if config.get("peft_type") != "LORA" or not room:
+                raise InputError(f"{name}: vLLM takes LoRA of rank 512 or less; use --engine torch")
+            options = {"enable_lora": True, "max_lora_rank": room[0]} | options
+            self.adapter = LoRARequest("adapter", 1, hub.place_of(name))
+        own = {"dtype": "bfloat16" if bf16 else "float32", "tokenizer": tokenizer.name_or_path}
+        try:
+            self.llm = LLM(model=hub.resolve(base or name), **own | options)
+        except Exception as error:  # vLLM can raise anything
+            raise hub.refusal(f"--engine vllm: {name}", error) from None
+        limit = self.llm.llm_engine.model_config.max_model_len - 1  # which it has to be left to write
+        tokenizer.positions = min(tokenizer.positions, limit)
 
     def run(self, texts: list[list[int]], params) -> list:
         texts = [{"prompt_token_ids": ids} for ids in texts]
-        return self.llm.generate(texts, params, lora_request=self.adapter, use_tqdm=False)
+        try:
+            return self.llm.generate(texts, params, lora_request=self.adapter, use_tqdm=False)
+        except ValueError as error:
+            raise InputError(f"--engine vllm: {' '.join(str(error).split())[:200]}") from None
 
     def write(self, judge, prompts: list[list[int]], names: list[str], args) -> Iterator[tuple]:
         """Sample a CoT for each name, as gen_cot.write does, but yield no scores with it."""

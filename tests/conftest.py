@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from importlib import import_module, resources
 from pathlib import Path
@@ -77,10 +78,15 @@ def random_model(tokenizer, model_type: str = "mistral", **config):
 
 
 def run(script: str, *arguments) -> None:
-    """Run a script's main() in this process with the given arguments."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-        import_module("runs").run(import_module(script).main)
+    """Run a script's main() in this process with the given arguments; training's signal handlers go again."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+            import_module("runs").run(import_module(script).main)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class Lab:

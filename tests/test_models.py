@@ -1,19 +1,25 @@
 """LoRA and full fine-tuning, and the models that this code refuses because it would not follow them."""
 
 import json
+import shutil
+import sys
+from collections import defaultdict
 from importlib import resources
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import random_model
-from peft import PeftModel
+from huggingface_hub import constants, errors
+from peft import LoraConfig, PeftModel, PolyConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import gen_cot
 import models
 import runs
 from models import TINY_SEED
-from records import InputError
+from records import Grid, InputError
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +73,212 @@ def test_what_is_trained_is_fp32_and_nothing_else_is_trained(tiny_tokenizer, tmp
     assert all(p.requires_grad and p.dtype == torch.float32 for p in full.parameters())
 
 
-def refused(folder) -> str:
+def refused(folder, load=lambda name: models.load_model(name, torch.float32)) -> str:
     with pytest.raises(InputError) as error:
-        models.load_model(str(folder), torch.float32)
+        load(str(folder))
     return str(error.value)
+
+
+def save_adapter(lab, tokenizer, kind: type = LoraConfig, tied: bool = False, **config):
+    """Save a base, and an adapter on it without a tokenizer of its own."""
+    model = AutoModelForCausalLM.from_pretrained(lab.checkpoint(tokenizer, tie_word_embeddings=tied))
+    adapter = get_peft_model(model, kind(task_type="CAUSAL_LM", **config))
+    for name, weight in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    adapter.save_pretrained(lab.path / "adapter")
+    return lab.path / "adapter"
+
+
+def to_train(rank: int | None):
+    return lambda name: models.load_for_training(name, rank, False, bf16=True)
+
+
+LORA = {"r": 4, "target_modules": ["q_proj"]}
+ADAPTERS = [  # config, rank of the training (None: all weights), message
+    ({"kind": PrefixTuningConfig, "num_virtual_tokens": 2}, 4, "(PREFIX_TUNING) depends on the prompt"),
+    ({"kind": PolyConfig, "target_modules": ["q_proj"]}, 4, "task_ids should not be None"),
+    (LORA | {"alora_invocation_tokens": [5]}, 4, "(LORA) depends on the prompt"),
+    (LORA | {"target_modules": ["lm_head"], "tied": True}, None, "are tied; train it with --lora"),
+    (LORA | {"modules_to_save": ["embed_tokens"], "tied": True}, None, "are tied; train it with --lora"),
+    (LORA | {"lora_bias": True}, None, "its adapter can't be merged"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config, rank, message", ADAPTERS, ids=[message for *_, message in ADAPTERS])
+def test_adapters_that_would_not_be_followed_are_refused(config, rank, message, lab, tiny_tokenizer):
+    assert message in refused(save_adapter(lab, tiny_tokenizer, **config), to_train(rank))
+
+
+def test_what_an_adapter_trains_beside_itself_is_fp32(lab, tiny_tokenizer):
+    model = to_train(4)(str(save_adapter(lab, tiny_tokenizer, **LORA, modules_to_save=["lm_head"])))
+    trained = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
+    assert any("lm_head" in name for name in trained) and {*trained.values()} == {torch.float32}
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_an_adapter_goes_on_with_its_rank_and_the_tokenizer_of_its_base(lab, tiny_tokenizer):
+    train = ["stage1_train", "--model", save_adapter(lab, tiny_tokenizer, **LORA)]
+    train += [
+        "--data",
+        lab.write("few.jsonl", lab.rows[:2]),
+        "--epochs",
+        1,
+        "--out",
+        lab.path / "out",
+        "--lora",
+    ]
+    code, said = lab.fail(*train, 16)
+    assert code == 2 and "has adapters of rank 4" in said
+    lab.run(*train)
+    assert json.loads((lab.path / "out/run.json").read_text())["arguments"]["lora"] == 4
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:2\n"
+SPOILT = [  # file → its new text, or what changes in its JSON; message
+    ("adapter/adapter_model.safetensors", POINTER, "git lfs pull"),
+    ("adapter/adapter_model.safetensors", None, "has no adapter_model"),
+    ("seed/tokenizer.json", POINTER, "git lfs pull"),
+    ("seed/model.safetensors", None, "can't be loaded"),
+    (
+        "seed/config.json",
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "quantized model requires",
+    ),
+    ("seed/config.json", {"hidden_size": 64}, "can't be loaded"),
+    ("seed/config.json", {"vocab_size": 55}, "token 55 is beyond the 55 embeddings"),
+    ("seed/config.json", {"pad_token_id": 99}, "token 99 is beyond the 56 embeddings"),
+    ("adapter/adapter_config.json", {"r": 5}, "size mismatch"),
+    ("adapter/adapter_config.json", {"peft_type": "NEW"}, "(KeyError: 'NEW')"),
+    ("adapter/adapter_config.json", {"base_model_name_or_path": None}, "names no base"),
+    ("adapter/adapter_config.json", {"base_model_name_or_path": "/gone"}, "as its base /gone: neither"),
+    ("adapter/adapter_config.json", {"base_model_name_or_path": "adapter"}, "is an adapter itself"),
+    ("adapter/adapter_config.json", "[1]", "adapter_config.json: is broken"),
+    ("adapter/run.json", "[1]", "run.json: is broken"),
+]
+
+
+@pytest.mark.parametrize("name, change, message", SPOILT, ids=[message for *_, message in SPOILT])
+def test_what_can_not_be_loaded_is_named_in_one_line(name, change, message, lab, tiny_tokenizer, monkeypatch):
+    model, file = save_adapter(lab, tiny_tokenizer, **LORA), lab.path / name
+    if isinstance(change, dict):
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    elif change is None:
+        file.unlink()
+    else:
+        file.write_text(change)
+    monkeypatch.chdir(lab.path)
+    data = lab.write("few.jsonl", lab.rows[:2])
+    code, said = lab.fail("predict", "--model", model, "--data", data, "--out", "out.jsonl")
+    assert code == 2 and message in said.strip().splitlines()[-1]
+
+
+def test_a_padding_token_without_embedding_is_never_used(lab, tiny_tokenizer):
+    model, longer = lab.checkpoint(tiny_tokenizer), lab.rows[1] | {"cot": lab.rows[1]["cot"] + " right"}
+    data = lab.write("few.jsonl", [lab.rows[0], longer])
+    tokenizer = models.load_tokenizer(str(model))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(model)
+    batch = ["--epochs", 1, "--batch-size", 2]
+    lab.run("stage1_train", "--model", model, "--data", data, *batch, "--out", lab.path / "out")
+
+
+WEB = [(errors.GatedRepoError, "accept its licence at https://huggingface.co/mistralai/Mistral-7B")]
+WEB += [(errors.RepositoryNotFoundError, "neither a folder nor on the hub")]
+WEB += [(errors.LocalEntryNotFoundError, "can't reach the hub")]
+
+
+@pytest.mark.parametrize("kind, message", WEB, ids=[kind.__name__ for kind, _ in WEB])
+def test_why_the_hub_does_not_give_a_model_is_said_before_data_is_fetched(kind, message, lab, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("long\nexplanations") from kind.__new__(kind)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    monkeypatch.setattr("stage1_train.subprocess.run", lambda *_: pytest.fail("data is fetched"))
+    code, said = lab.fail("stage1_train", "--model", "mistral-7b", "--out", lab.path / "out")
+    assert code == 2 and message in said.strip().splitlines()[-1]
+
+
+def publish(folder, name: str, cache) -> str:
+    """Lay a folder out as the hub's cache has it; returns the hub id."""
+    commit = cache / f"models--{name.replace('/', '--')}" / "snapshots" / ("0" * 40)
+    shutil.copytree(folder, commit)
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs/main").write_text(commit.name)
+    return name
+
+
+class FakeEngine:
+    """Stand in for vllm.LLM: refuse what vLLM refuses, and write the same tokens again and again."""
+
+    def __init__(self, max_model_len: int = 80, **options):
+        self.options = options
+        self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=max_model_len))
+
+    def generate(self, texts, params, **_) -> list:
+        assert all(
+            len(text["prompt_token_ids"]) < self.llm_engine.model_config.max_model_len for text in texts
+        )
+        params = params if isinstance(params, list) else [params] * len(texts)
+        answers = []
+        for text, wish in zip(texts, params, strict=True):
+            room = self.llm_engine.model_config.max_model_len - len(text["prompt_token_ids"])
+            probs = defaultdict(lambda: SimpleNamespace(logprob=-2.0))
+            assert 0 < wish.max_tokens <= room
+            answers.append(SimpleNamespace(token_ids=[5] * wish.max_tokens, logprobs=[probs]))
+        return [SimpleNamespace(outputs=[answer]) for answer in answers]
+
+
+def test_vllm_is_asked_for_what_it_allows(lab, tiny_tokenizer, monkeypatch):
+    """Leave out records that reach its max_model_len; ask for the next LoRA rank that it has."""
+    modules = {"vllm": SimpleNamespace(LLM=FakeEngine, SamplingParams=SimpleNamespace)}
+    modules["vllm.lora.request"] = SimpleNamespace(LoRARequest=lambda *x: x)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    model = save_adapter(lab, tiny_tokenizer, **LORA | {"r": 20})
+    judge = gen_cot.load_judge(str(model), Grid(), False, {})
+    assert judge.model.llm.options["max_lora_rank"] == 32 and judge.model.adapter[-1] == str(model)
+    assert judge.model.llm.options["tokenizer"] == str(lab.path / "seed")
+    long = lab.rows[3] | {"prompt": lab.rows[3]["prompt"] + " right" * 30}
+    data, out = lab.write("few.jsonl", [*lab.rows[:3], long]), lab.path / "out.jsonl"
+    lab.run("predict", "--model", model, "--data", data, "--engine", "vllm", "--out", out)
+    assert len(lab.read("out.jsonl")) == 3
+    assert f"1 records left out, longer than 71 tokens: {long['id']}" in lab.capsys.readouterr().out
+    judge = ("gen_cot", "--model", model, "--data", data, "--out", out.with_name("cots"), "--engine", "vllm")
+    assert "longer than" in lab.fail(*judge, "--engine-args", "max_model_len=10")[1]
+    config = json.loads((model / "adapter_config.json").read_text())
+    (model / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LOHA"}))
+    assert "vLLM takes LoRA" in lab.fail(*judge)[1]
+
+
+def test_a_judge_on_the_hub_has_its_grid_its_stage_and_its_adapter(lab, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(lab.path / "cache"))
+    data, there = lab.write("few.jsonl", lab.rows[:4]), lab.path / "cache"
+    seed = publish(TINY_SEED, "org/seed", there)
+    train = ["--data", data, "--epochs", 1, "--lora", 4, "--lr", 0.01, "--grid", "1=0,2=50,5=100"]
+    lab.run(
+        "stage1_train",
+        "--model",
+        seed,
+        *train,
+        "--suffix",
+        "[RESULT]",
+        "--no-cot",
+        "--out",
+        lab.path / "here",
+    )
+    judge = publish(lab.path / "here", "org/judge", there)
+    for name, model in (("a", lab.path / "here"), ("b", judge)):
+        lab.run("predict", "--model", model, "--data", data, "--no-cot", "--out", lab.path / f"{name}.jsonl")
+    assert lab.read("a.jsonl") == lab.read("b.jsonl") and len(lab.read("b.jsonl")[0]["score_probs"][0]) == 3
+    assert json.loads((lab.path / "b.run.json").read_text())["inputs"]["base revision"] == "0" * 40
+    out = ("--data", data, "--out", lab.path / "out")
+    assert "trained without CoTs" in lab.fail("gen_cot", "--model", judge, *out)[1]
+    assert "the checkpoint of stage 1" in lab.fail("stage2_train", "--model", judge, *out)[1]
+    assert "rank 4, on all linear" in " ".join(
+        lab.fail("stage1_train", "--model", judge, "--help")[1].split()
+    )
 
 
 def test_broken_checkpoints_are_refused(tiny_tokenizer, adapter, tmp_path):
@@ -83,7 +291,7 @@ def test_broken_checkpoints_are_refused(tiny_tokenizer, adapter, tmp_path):
     save_file(weights | {"lm_head.weight": head * torch.nan}, file, {"format": "pt"})
     assert "logits that are not finite" in refused(tmp_path / "m")
     file.write_bytes(file.read_bytes()[:-100])
-    assert "weights can't be loaded" in refused(tmp_path / "m")
+    assert "are its files whole" in refused(tmp_path / "m")
     lora = load_file(adapter / "adapter_model.safetensors")
     (tmp_path / "a").mkdir()
     (tmp_path / "a/adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())

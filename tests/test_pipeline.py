@@ -71,7 +71,7 @@ BAD = [
     ("stage1_train", [COTS, COTS | {"score": 6}], [], "data.jsonl:2: score 6 lies outside the grid"),
     ("stage1_train", [COTS], ["--valid", "missing.jsonl"], "missing.jsonl: no such file"),
     ("stage1_train", [COTS], ["--model", "."], ".: a folder without config.json"),
-    ("stage1_train", [COTS], ["--model", "no/model"], "no/model: neither a checkpoint nor on the hub"),
+    ("stage1_train", [COTS], ["--model", "no/model"], "no/model: no such folder, and can't reach the hub"),
     ("stage1_train", [COTS], ["--max-length", 3], "longer than 3 tokens, the shortest has 10"),
     ("stage1_train", [COTS], ["--lora", 4, "--full"], "--full: not allowed with argument --lora"),
     ("stage2_train", [{"id": "a", "prompt": "p", "cot": "c", "score": 3}], [], "'cots' is missing"),

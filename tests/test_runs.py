@@ -1,17 +1,21 @@
 """What a run leaves behind when it is cut off, on a full disk, beside files of one's own, without git."""
 
+import io
 import json
+import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 
 import gen_cot
+import hub
 import runs
 from models import TINY_SEED
 
@@ -82,6 +86,84 @@ def test_a_run_that_was_cut_off_ends_the_same(script, step, how, code, kept, who
     assert ("going on after" in said) == bool(kept) and kept in said and not part.exists()
     for name in FILES[script]:
         assert (lab.path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_what_decides_a_result_and_changed_is_named_and_nothing_else(lab, tiny_tokenizer, monkeypatch):
+    model, out = lab.checkpoint(tiny_tokenizer), lab.path / "o.jsonl"
+    data = lab.write("few.jsonl", lab.rows[:2])
+    run = ["gen_cot", "--model", model, "--data", data, "--max-new-tokens", 2, "--out", out]
+    with monkeypatch.context() as patch:
+        patch.setattr(gen_cot, "write_cots", lambda *_: cut_off("killed"))
+        lab.fail(*run)
+    weights = (model / "model.safetensors").read_bytes()
+    changes = {"model model.safetensors": weights[:-1] + b"@"}
+    changes["model chat_template.jinja"] = b"{{ messages[0].content }}"
+    for what, content in changes.items():
+        file = model / what.removeprefix("model ")
+        was = file.read_bytes() if file.exists() else None
+        file.write_bytes(content)
+        assert f"({what} was " in lab.fail(*run)[1]
+        file.unlink() if was is None else file.write_bytes(was)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.metadata, "version", lambda name: "0.1")
+        assert "(version of torch was " in lab.fail(*run)[1]
+        patch.undo()
+        patch.setattr(runs, "CODE", ["loss.py", "README.md"])
+        assert "(code of encode.py was " in lab.fail(*run)[1]
+    lab.run(*run)
+
+
+def test_options_of_vllm_that_decide_nothing_are_not_compared(lab):
+    parser = gen_cot.make_parser("", TINY_SEED, "train.jsonl", "o.jsonl")
+    both = []
+    for length, dtype in (("1024", "half"), ("2048", "float")):
+        args = parser.parse_args(["--engine-args", f"max_model_len={length}", f"dtype={dtype}"])
+        args.grid = runs.choose_grid(args)
+        settings = runs.settings_of(args)
+        both.append({name: settings[name] for name in settings if name.startswith("vLLM")})
+    assert both == [{"vLLM dtype": "half"}, {"vLLM dtype": "float"}]
+    out = ("gen_cot", "--model", TINY_SEED, "--out", lab.path / "out")
+    assert "are for --engine vllm" in lab.fail(*out, "--engine-args", "a=1")[1]
+
+
+def test_training_that_is_killed_as_it_gets_its_name_is_not_done_again(whole, lab, monkeypatch):
+    """Leave nothing in OUT that only going on needs, and files that others may read."""
+    run = ["stage1_train", *RUNS["stage1_train"], "--out", lab.path / "out"]
+    monkeypatch.chdir(whole)
+    for name in ("rename", "chmod"):
+        with monkeypatch.context() as patch:
+            patch.setattr(runs.Path, name, lambda *_: cut_off("killed"))
+            lab.fail(*run)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.shutil, "rmtree", lambda *_: cut_off("killed"))
+        patch.setattr("stage1_train.train", lambda *_: pytest.fail("trains again"))
+        lab.fail(*run)
+    files = {path.name for path in (lab.path / "out").iterdir()}
+    assert files == {path.name for path in (whole / "stage1_train").iterdir()} and not files & runs.PASSING
+    assert not (lab.path / "out.part/state.pt").exists()
+    for name in ("log.jsonl", "model.safetensors"):
+        assert (lab.path / "out" / name).read_bytes() == (whole / "stage1_train" / name).read_bytes()
+    assert {path.stat().st_mode & 0o777 for path in (lab.path / "out").iterdir()} == {0o644}
+
+
+def test_what_the_machine_lacks_is_said_as_it_is(lab, monkeypatch):
+    with pytest.raises(runs.Fault, match="No such file or directory") as error:
+        runs.write_whole(lab.path / "none/file", "text")
+    assert "is the disk full?" not in str(error.value)
+    os.mkfifo(lab.path / "pipe")
+    judge = ("predict", "--model", TINY_SEED, "--out", lab.path / "out")
+    code, said = lab.fail(*judge, "--data", lab.path / "pipe")
+    assert code == 2 and "write it into a file" in said
+    monkeypatch.setattr(hub.os, "access", lambda path, mode: Path(path).suffix != ".safetensors")
+    said = str(hub.refusal(TINY_SEED, OSError("No such file")))  # as safetensors calls it
+    assert "model.safetensors: can't be read; let its owner" in said
+
+
+def test_a_terminal_that_knows_ascii_alone_gets_all_lines(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    runs.run(lambda: print("λ = 1"))
+    sys.stdout.seek(0)
+    assert sys.stdout.read() == "\\u03bb = 1\n"
 
 
 def test_nothing_that_is_there_is_touched(lab):

@@ -133,6 +133,7 @@ def test_default_data_are_fetched(lab, monkeypatch):
     """Run `--model mistral-7b` in a fresh clone: prepare.py gets what is not there."""
     calls, failed = [], subprocess.CompletedProcess([], 2)
     monkeypatch.setattr(stage1_train, "ROOT", lab.path)
+    monkeypatch.setattr(stage1_train.models, "load_tokenizer", lambda name: None)  # it is on the hub
     monkeypatch.setattr(stage1_train.subprocess, "run", lambda command: calls.append(command) or failed)
     code, said = lab.fail("stage1_train", "--model", "mistral-7b")
     prepare = lab.path / "data/feedback_collection/prepare.py"
