@@ -103,6 +103,8 @@ def load_adapter(name: str, base, trainable: bool):
         check_model(name, model)
     except Exception as error:  # peft can raise anything
         raise refusal(name, error) from None
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+        print(f"{name}: adapts the head; with --bf16 its scores are rounded to bf16, --fp32 is exact")
     return model
 
 
@@ -153,8 +155,8 @@ def score_logits(model, hidden: Tensor, score_ids: Tensor) -> Tensor:
     """
     layer = model.get_output_embeddings()
     logits = layer(hidden)
-    if logits.dtype == torch.float32:
-        return logits
+    if logits.dtype == torch.float32 or not isinstance(layer, torch.nn.Linear):  # a wrapped one is more
+        return logits.float()
     logits = logits.float()
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         weight = layer.weight[score_ids].float()  # (S, D)

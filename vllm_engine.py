@@ -37,6 +37,7 @@ class Engine:
             options = {"enable_lora": True, "max_lora_rank": room[0]} | options
             self.adapter = LoRARequest("adapter", 1, hub.place_of(name))
         own = {"dtype": "bfloat16" if bf16 else "float32", "tokenizer": tokenizer.name_or_path}
+        own |= {"hf_overrides": {"head_dtype": "float32"}}  # bf16 would round the logits of the scores
         try:
             self.llm = LLM(model=hub.resolve(base or name), **own | options)
         except Exception as error:  # vLLM can raise anything
