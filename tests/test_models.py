@@ -118,6 +118,17 @@ def test_what_an_adapter_trains_beside_itself_is_fp32(lab, tiny_tokenizer):
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("how", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_scores_of_an_adapted_head_are_its_own(how, lab, tiny_tokenizer, capsys):
+    """Read the adapter's logits, not those of the base, and say that they are rounded."""
+    model = models.load_model(str(save_adapter(lab, tiny_tokenizer, **LORA | how)), torch.bfloat16)
+    ids = torch.arange(5, 12)[None]
+    with torch.no_grad():
+        hidden, logits = model.get_decoder()(ids).last_hidden_state, model(ids).logits
+        assert torch.equal(models.score_logits(model, hidden, torch.tensor([7, 8, 9])), logits.float())
+    assert "--fp32 is exact" in capsys.readouterr().out
+
+
 def test_an_adapter_goes_on_with_its_rank_and_the_tokenizer_of_its_base(lab, tiny_tokenizer):
     train = ["stage1_train", "--model", save_adapter(lab, tiny_tokenizer, **LORA)]
     train += [
@@ -240,6 +251,7 @@ def test_vllm_is_asked_for_what_it_allows(lab, tiny_tokenizer, monkeypatch):
     judge = gen_cot.load_judge(str(model), Grid(), False, {})
     assert judge.model.llm.options["max_lora_rank"] == 32 and judge.model.adapter[-1] == str(model)
     assert judge.model.llm.options["tokenizer"] == str(lab.path / "seed")
+    assert judge.model.llm.options["hf_overrides"] == {"head_dtype": "float32"}
     long = lab.rows[3] | {"prompt": lab.rows[3]["prompt"] + " right" * 30}
     data, out = lab.write("few.jsonl", [*lab.rows[:3], long]), lab.path / "out.jsonl"
     lab.run("predict", "--model", model, "--data", data, "--engine", "vllm", "--out", out)
