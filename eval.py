@@ -28,9 +28,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-import pairs
-import runs
-from records import Grid, InputError, off_grid_line, parse_line, predicted, read_records
+from tract import pairs, runs
+from tract.records import Grid, InputError, off_grid_line, parse_line, predicted, read_records
 
 
 def correlation(of, a: np.ndarray, b: np.ndarray) -> float:

@@ -20,14 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-import hub
-import models
-import runs
-from encode import prefix_ids, prompt_ids, score_tokens, thinks
 from loss import Rail, rail
-from models import decode, device, head, score_logits
-from records import ROOT, Grid, InputError, read_records
-from runs import COUNT, WEIGHT, Fault
+from tract import hub, models, runs
+from tract.encode import prefix_ids, prompt_ids, score_tokens, thinks
+from tract.models import decode, device, head, score_logits
+from tract.records import ROOT, Grid, InputError, read_records
+from tract.runs import COUNT, WEIGHT, Fault
 
 NUCLEUS = 256  # tokens that nearly always hold the nucleus; where not, the whole vocabulary is sorted
 READ = 2048  # tokens of texts that are read at a time: more would be no faster
@@ -52,7 +50,7 @@ def load_judge(name: str, grid: Grid, bf16: bool, vllm: dict | None = None) -> J
     suffix_ids, score_ids = score_tokens(tokenizer, grid)
     scores = models.score_tensors(score_ids, grid)
     if vllm is not None:
-        from vllm_engine import Engine
+        from tract.vllm_engine import Engine
 
         return Judge(Engine(name, tokenizer, bf16, vllm), tokenizer, grid, suffix_ids, [], scores)
     model = models.load_model(name, torch.bfloat16 if bf16 else torch.float32)

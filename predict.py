@@ -12,12 +12,12 @@ import torch
 from transformers import DynamicCache
 
 import gen_cot
-import runs
-from encode import prefix_ids, prompt_ids
 from gen_cot import READ, Cot, Judge, left_pad
 from loss import Rail, rail
-from models import decode, score_logits
-from records import off_grid_line, predicted, significant
+from tract import runs
+from tract.encode import prefix_ids, prompt_ids
+from tract.models import decode, score_logits
+from tract.records import off_grid_line, predicted, significant
 
 
 @torch.inference_mode()

@@ -27,15 +27,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-import hub
-import models
-import ranks
-import runs
-from encode import Example, encode, score_tokens, thinks
 from loss import Loss, cot_raft_loss
-from models import TINY_SEED, device, score_logits
-from records import ROOT, InputError, read_records
-from runs import COUNT, SHARE, WEIGHT, Fault
+from tract import hub, models, ranks, runs
+from tract.encode import Example, encode, score_tokens, thinks
+from tract.models import TINY_SEED, device, score_logits
+from tract.records import ROOT, InputError, read_records
+from tract.runs import COUNT, SHARE, WEIGHT, Fault
 
 # The paper's settings (its appendix; LLaMA-Factory's defaults where it is silent), and the embedded task's
 PAPER = dict(lr=1e-5, epochs=2, batch_size=1, accumulation=8, warmup=0.1, weight_decay=0.0)

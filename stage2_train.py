@@ -6,10 +6,9 @@ Stage 1's loop on other data. Training now sees the CoTs that prediction will se
 own words are worth. It starts from the seed, not from p_s, which has learned to trust the annotator's words.
 """
 
-import hub
-import runs
-from records import InputError
 from stage1_train import make_parser, run_stage
+from tract import hub, runs
+from tract.records import InputError
 
 
 def main() -> None:

@@ -30,11 +30,11 @@ from tqdm import tqdm
 from transformers import MistralForCausalLM  # noqa: F401, so that forked commands need not import it
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import runs
 from data.tiny import ideal
 from eval import interval
 from loss import two_hot
-from records import ROOT, Grid, InputError, read_records
+from tract import runs
+from tract.records import ROOT, Grid, InputError, read_records
 
 # What a step makes, and its command. @NAME is where NAME lies, @seed is the seed model, which is what a stage
 # trains unless it says otherwise. `commands_of` adds the settings, --seed and --out.

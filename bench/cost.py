@@ -20,10 +20,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gen_cot
-import models
-import runs
 import stage1_train
 from results.tables import table
+from tract import models, runs
 
 PROMPT, COT, EPOCHS = 1200, 130, 2  # tokens, tokens, passes over the data in each stage
 FLOPS, BANDWIDTH = 989e12, 3.35e12  # of an H100 SXM a second, in bf16, by its data sheet

@@ -23,10 +23,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gen_cot
 import predict
-import runs
-from encode import prefix_ids, prompt_ids
-from records import Grid, read_records
 from results.tables import table
+from tract import runs
+from tract.encode import prefix_ids, prompt_ids
+from tract.records import Grid, read_records
 
 
 def drive(args) -> dict:

@@ -21,15 +21,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from memory import peak_of
 
-import models
 import predict
-import runs
 import stage1_train
-from encode import encode, prefix_ids, prompt_ids
 from gen_cot import load_judge
 from loss import cot_raft_loss, rail
-from records import Grid, read_records
 from results.tables import table
+from tract import models, runs
+from tract.encode import encode, prefix_ids, prompt_ids
+from tract.records import Grid, read_records
 
 
 def in_bf16(model, hidden, score_ids):

@@ -23,13 +23,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import models
-import runs
 import stage1_train
-from encode import Example
 from loss import cot_raft_loss
-from records import Grid
 from results.tables import table
+from tract import models, runs
+from tract.encode import Example
+from tract.records import Grid
 
 SHAPES = {  # transformers' defaults are those of Mistral-7B; no hub is needed for these
     "mistral-7b": MistralConfig(),

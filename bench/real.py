@@ -25,10 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ablations
 from ablations import STEPS, WITHOUT_COT, Setup
 
-import models
-import runs
 from eval import METRICS, against_others
-from records import ROOT, Grid, InputError, read_records
+from tract import models, runs
+from tract.records import ROOT, Grid, InputError, read_records
 
 SETTINGS = ROOT / "results/real/settings.json"
 STEPS |= {

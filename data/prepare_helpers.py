@@ -11,8 +11,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-import runs
-from records import Grid, InputError, find_verdict
+from tract import runs
+from tract.records import Grid, InputError, find_verdict
 
 SCORE = r"(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*5)?"  # 4, 4.0, 4/5, 4 out of 5
 SAYS = r"(?:(?:the|an?|final|overall|score|rating|is|of)\b[\s,:=*]*)*"

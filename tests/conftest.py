@@ -83,7 +83,7 @@ def run(script: str, *arguments) -> None:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-            import_module("runs").run(import_module(script).main)
+            import_module("tract.runs").run(import_module(script).main)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -17,7 +17,7 @@ from transformers import MistralConfig
 
 from data.tiny import ideal, prepare
 from eval import METRICS, against_others
-from records import Grid, predicted
+from tract.records import Grid, predicted
 
 RESULTS = ROOT / "results/ablations"
 METRICS_SHOWN = ("pearson", "rmse")

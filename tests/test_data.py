@@ -13,7 +13,7 @@ from conftest import ROOT
 from data.feedback_collection.prepare import is_held_out
 from data.pairs.prepare import convert, names_of
 from data.prepare_helpers import clean_cot, read_feedback, read_hub, read_items
-from records import InputError
+from tract.records import InputError
 
 LEFT_OUT = re.compile(r"left out (\d+: \S+ \S+)")  # how many, and the first words of the reason
 

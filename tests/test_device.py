@@ -8,8 +8,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 import gen_cot
-import models
 import stage1_train
+from tract import models
 
 GPU = torch.device("cpu", 0)
 # These may have tensors of both: an index, what is copied, what is assigned, what asks whether it can be

@@ -8,9 +8,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from encode import encode, prefix_ids, prompt_ids, score_tokens, thinks
-from records import SUFFIX, Grid, InputError
 from stage1_train import collate
+from tract.encode import encode, prefix_ids, prompt_ids, score_tokens, thinks
+from tract.records import SUFFIX, Grid, InputError
 
 GRID, PROMPT, COT = Grid(), "Is it good?", "The answer is good."
 BARE = "{{ messages[0]['content'] }}"

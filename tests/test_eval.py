@@ -13,7 +13,7 @@ from conftest import ROOT
 from matplotlib.axes import Axes
 
 import eval
-from records import Grid, InputError, off_grid_line
+from tract.records import Grid, InputError, off_grid_line
 
 WIDE = "1=0,2=25,3=50,4=75,5=100"
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import gen_cot
-import models
 import predict
 import stage1_train
-from encode import prefix_ids, prompt_ids, target_ids
 from gen_cot import Judge, load_judge, sample
 from loss import Rail, rail
-from models import TINY_SEED
-from records import SUFFIX, Grid
+from tract import models
+from tract.encode import prefix_ids, prompt_ids, target_ids
+from tract.models import TINY_SEED
+from tract.records import SUFFIX, Grid
 
 GRID, COT = Grid(), "The answer is good."
 PROMPTS = ["Is it good?", "Is this a much longer prompt, so that others are padded on the left?", "Why?"]

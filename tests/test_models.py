@@ -16,10 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import gen_cot
-import models
-import runs
-from models import TINY_SEED
-from records import Grid, InputError
+from tract import models, runs
+from tract.models import TINY_SEED
+from tract.records import Grid, InputError
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_data import LEFT_OUT, prepare
 
-import pairs
-from records import Grid, InputError, read_records
+from tract import pairs
+from tract.records import Grid, InputError, read_records
 
 
 def response(pair: str, chosen: bool, probs: list[float], **more) -> dict:

@@ -6,7 +6,7 @@ import json
 import pytest
 from conftest import ROOT
 
-from models import TINY_SEED
+from tract.models import TINY_SEED
 
 
 def test_own_records_go_through_every_stage_on_another_grid(mistral_tokenizer, lab):

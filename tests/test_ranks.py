@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, run
 from safetensors.torch import load_file
 
-import ranks
+from tract import ranks
 
 MODEL_CODE = "transformers.models.mistral.modeling_mistral"
 AS_TORCHRUN = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "CUDA_VISIBLE_DEVICES": ""}

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-import runs
-from data.prometheus_prompt import render_prompt
-from records import SUFFIX, Grid, InputError, check_record, find_verdict, read_records
+from tract import runs
+from tract.prompt import render_prompt
+from tract.records import SUFFIX, Grid, InputError, check_record, find_verdict, read_records
 
 GOOD = {"id": "a", "prompt": "p", "cot": "c", "score": 4}
 NEXT = GOOD | {"id": "b"}

@@ -15,9 +15,8 @@ import torch
 from conftest import ROOT
 
 import gen_cot
-import hub
-import runs
-from models import TINY_SEED
+from tract import hub, runs
+from tract.models import TINY_SEED
 
 RUNS = {  # script → options
     "stage1_train": "--data train.jsonl --valid valid.jsonl --epochs 2 --save-every 4 --seed 5".split(),
@@ -108,7 +107,7 @@ def test_what_decides_a_result_and_changed_is_named_and_nothing_else(lab, tiny_t
         patch.setattr(runs.metadata, "version", lambda name: "0.1")
         assert "(version of torch was " in lab.fail(*run)[1]
         patch.undo()
-        patch.setattr(runs, "CODE", ["loss.py", "README.md"])
+        patch.setattr(runs, "CODE", [ROOT / "loss.py", ROOT / "README.md"])
         assert "(code of encode.py was " in lab.fail(*run)[1]
     lab.run(*run)
 

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import stage1_train
-from encode import Example, encode, score_tokens
-from models import TINY_SEED
-from records import Grid
 from stage1_train import windows
+from tract.encode import Example, encode, score_tokens
+from tract.models import TINY_SEED
+from tract.records import Grid
 
 
 def plain_loss(model, window: list[Example], score_ids: list[int], options: str):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import runs
 from data.prepare_helpers import (
     check_new,
     clean_prompt,
@@ -27,6 +26,7 @@ from data.prepare_helpers import (
     sort_out,
     write_records,
 )
+from tract import runs
 
 HUB_ID = "prometheus-eval/Feedback-Collection"
 FILE = "new_feedback_collection.json"  # what the data set is called there

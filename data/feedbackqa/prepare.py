@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import runs
 from data.prepare_helpers import (
     check_new,
     is_text,
@@ -25,6 +24,7 @@ from data.prepare_helpers import (
     sort_out,
     write_records,
 )
+from tract import runs
 
 HUB_ID = "McGill-NLP/feedbackQA"
 RATINGS = {"Bad": 1, "Could be Improved": 2, "Acceptable": 3, "Excellent": 4}

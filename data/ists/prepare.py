@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import runs
 from data.prepare_helpers import check_new, read_texts, sort_out, write_records
-from records import InputError
+from tract import runs
+from tract.records import InputError
 
 PROMPT = """\
 How similar in meaning are these two sentences, from 0 (unrelated) to 5 (the same)? Compare them first.

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import runs
 from data.prepare_helpers import (
     check_new,
     clean_prompt,
@@ -27,7 +26,8 @@ from data.prepare_helpers import (
     sort_out,
     write_records,
 )
-from records import InputError
+from tract import runs
+from tract.records import InputError
 
 HUB_IDS = {"rewardbench": "allenai/reward-bench", "rewardbench2": "allenai/reward-bench-2"}
 SPLITS = {"rewardbench": "filtered", "rewardbench2": "test"}

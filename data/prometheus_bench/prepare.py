@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import runs
 from data.prepare_helpers import (
     check_new,
     clean_prompt,
@@ -24,7 +23,8 @@ from data.prepare_helpers import (
     sort_out,
     write_records,
 )
-from records import is_number
+from tract import runs
+from tract.records import is_number
 
 
 def as_list(value: Any) -> list:

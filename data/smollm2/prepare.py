@@ -13,9 +13,9 @@ from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import runs
 from data.prepare_helpers import check_new, whole_folder
-from records import InputError
+from tract import runs
+from tract.records import InputError
 
 
 def main() -> None:

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import runs
 from data.tiny.prepare import LEAK, NOISE, SKILLS, STEPS, TONES, TRAINING, quality
 from eval import METRICS
-from records import Grid, read_records
+from tract import runs
+from tract.records import Grid, read_records
 
 RATINGS = np.arange(1, 6)
 

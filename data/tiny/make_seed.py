@@ -23,11 +23,11 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import runs
 from data.prepare_helpers import check_new, whole_folder
 from data.tiny.prepare import WORDS, sample
-from encode import prompt_ids, target_ids
-from records import SUFFIX
+from tract import runs
+from tract.encode import prompt_ids, target_ids
+from tract.records import SUFFIX
 
 HERE = Path(__file__).resolve().parent
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]

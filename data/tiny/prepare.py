@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import runs
 from data.prepare_helpers import check_new, write_records
+from tract import runs
 
 STEPS = "ABCD"
 TONES = ["rude", "vague", "plain", "clear", "warm"]  # worth 0 .. 4

@@ -20,15 +20,14 @@ from typing import IO
 
 from tqdm import tqdm
 
-import hub
-from hub import read_json, sha256
-from records import ROOT, Grid, InputError
+from tract import hub
+from tract.hub import read_json, sha256
+from tract.records import ROOT, Grid, InputError
 
 GO_ON = "what was finished is kept; mend it and give the same command to go on"
 PASSING = {"lock", "settings.json", "settings.json.tmp", "state.pt"}  # what OUT.part has and OUT has not
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft")
-CODE = "encode gen_cot loss models predict ranks records stage1_train stage2_train vllm_engine".split()
-CODE = [f"{name}.py" for name in CODE] + ["data/prometheus_prompt.py", "data/prometheus_prompt.txt"]
+CODE = [*ROOT.glob("[!e]*.py"), *ROOT.glob("tract/*.*")]  # what decides results, as eval.py does not
 FREE = {"out", "dry_run", "save_every", "model", "engine_args"}  # do not decide, or not by themselves
 FREE_OF_VLLM = {"max_model_len", "gpu_memory_utilization", "tensor_parallel_size", "pipeline_parallel_size"}
 FREE_OF_VLLM |= {"max_num_seqs", "max_num_batched_tokens", "max_lora_rank", "swap_space", "cpu_offload_gb"}
@@ -96,7 +95,7 @@ def settings_of(args: argparse.Namespace) -> dict:
     groups = {"model": hub.identity(args.model), "base": hub.identity(hub.base_of(args.model))}
     groups["vLLM"] = {key: x for key, x in getattr(args, "engine_args", []) if key not in FREE_OF_VLLM}
     groups["version of"] = {name: metadata.version(name) for name in LIBRARIES}
-    groups["code of"] = {name: sha256(ROOT / name) for name in CODE}
+    groups["code of"] = {path.name: sha256(path) for path in CODE}
     for group, entries in groups.items():
         settings |= {f"{group} {name}": value for name, value in entries.items()}
     return json.loads(json.dumps(settings, default=str))

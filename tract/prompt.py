@@ -5,7 +5,7 @@ On the scores 1 to 5 and with the suffix "[RESULT]" it is theirs to the letter.
 
 from pathlib import Path
 
-TEMPLATE = (Path(__file__).parent / "prometheus_prompt.txt").read_text("utf-8").strip()
+TEMPLATE = (Path(__file__).parent / "prompt.txt").read_text("utf-8").strip()
 PARTS = ("instruction", "response", "rubric")
 
 

@@ -12,8 +12,8 @@ pairs, weighted by `weight`; the total is the mean over sections. So counts Rewa
 
 import numpy as np
 
-import runs
-from records import InputError
+from tract import runs
+from tract.records import InputError
 
 NAMES = ("accuracy", "ties", "decoded", "ties_decoded", "above", "log_loss")
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
-from encode import prompt_ids
-from hub import base_of, folder_of, place_of, refusal, resolve
-from ranks import is_spread, refuse_dropout
-from records import ROOT, Grid, InputError
+from tract.encode import prompt_ids
+from tract.hub import base_of, folder_of, place_of, refusal, resolve
+from tract.ranks import is_spread, refuse_dropout
+from tract.records import ROOT, Grid, InputError
 
 # peft still asks for a deprecated name; and missing adapter keys are an error here
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

@@ -10,7 +10,7 @@ import re
 from array import array
 from typing import NamedTuple
 
-from records import Grid, InputError
+from tract.records import Grid, InputError
 
 PLACEHOLDER = "§PROMPT§"  # stands for the prompt where a chat template is rendered around it
 # Some templates write today's date, which would change every prompt between training and prediction

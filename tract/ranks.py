@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from records import InputError
+from tract.records import InputError
 
 
 def join() -> None:

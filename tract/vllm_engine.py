@@ -9,9 +9,9 @@ import hashlib
 import math
 from collections.abc import Iterator
 
-import hub
 from loss import Rail
-from records import InputError
+from tract import hub
+from tract.records import InputError
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM has room for
 

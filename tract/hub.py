@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from records import InputError
+from tract.records import InputError
 
 MODELS = {  # what `--model NAME` stands for; any other name is a folder or a hub id
     "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.2",
