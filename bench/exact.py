@@ -94,7 +94,7 @@ def price(args, records: list[dict], grid: Grid) -> None:
     loss = partial(cot_raft_loss, **judge.scores)
 
     def step() -> None:
-        hidden = stage1_train.supervised_rows(model, batch, True)
+        hidden = stage1_train.supervised_states(model, batch, True)
         rows = hidden.detach().requires_grad_()
         for part in stage1_train.loss_in_parts(model, rows, batch, loss, True):
             part.total.backward()

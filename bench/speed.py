@@ -26,7 +26,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # A process that drives a script imports that script's checkout, not this one
 sys.path.insert(0, sys.argv[2] if sys.argv[1:2] == ["--drive"] else str(ROOT))
-import runs  # noqa: E402
+try:
+    from tract import runs
+except ModuleNotFoundError:  # of checkouts in which all stood at the top
+    import runs
 
 MOST = 4096  # tokens of a CoT, at most
 TASKS = {  # name → script and options; what is not in both checkouts is sorted out in `command`

@@ -54,7 +54,7 @@ def test_ids_score_position_and_start_of_the_loss(name, request):
     assert encoded(tokenizer, prompt=f" \n{PROMPT}\n ", cot=f" {COT}\n") == example  # both are stripped
     batch = collate([example, longer := encoded(tokenizer, cot=f"{COT} {COT}")], tokenizer.eos_token_id)
     assert batch["targets"].tolist().count(tokenizer.eos_token_id) == 2
-    assert batch["predicts"].sum(1).tolist() == [example.supervised, longer.supervised]
+    assert batch["supervised"].sum(1).tolist() == [example.supervised, longer.supervised]
 
     no_cot = encoded(tokenizer, no_cot=True, cot=None, score=5)  # the suffix is given, not predicted
     assert list(no_cot.ids[no_cot.start :]) == [scores[4], tokenizer.eos_token_id]

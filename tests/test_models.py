@@ -205,7 +205,7 @@ def test_why_the_hub_does_not_give_a_model_is_said_before_data_is_fetched(kind, 
         raise OSError("long\nexplanations") from kind.__new__(kind)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    monkeypatch.setattr("stage1_train.subprocess.run", lambda *_: pytest.fail("data is fetched"))
+    monkeypatch.setattr("tract.examples.subprocess.run", lambda *_: pytest.fail("data is fetched"))
     code, said = lab.fail("stage1_train", "--model", "mistral-7b", "--out", lab.path / "out")
     assert code == 2 and message in said.strip().splitlines()[-1]
 

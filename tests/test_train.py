@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import stage1_train
-from stage1_train import windows
+from tract import training
 from tract.encode import Example, encode, score_tokens
+from tract.examples import plan_epoch
 from tract.models import TINY_SEED
 from tract.records import Grid
 
@@ -62,7 +63,7 @@ def test_the_loop_equals_a_plain_one_for_any_split(options, lab, tiny_tokenizer,
     data, valid = lab.write("train.jsonl", rows), lab.write("valid.jsonl", rows[:5])
     _, score_ids = score_tokens(tiny_tokenizer, Grid())
     examples = [encode(tiny_tokenizer, r, Grid(), score_ids) for r in rows]
-    plan = [window for epoch in range(2) for window in windows(examples, 8, f"3/{epoch}")]
+    plan = [window for epoch in range(2) for window in plan_epoch(examples, 8, f"3/{epoch}")]
     model, steps = plain_training(plan, (score_ids, options))
     with torch.no_grad():
         ce, squared = plain_loss(model, examples[:5], score_ids, "")
@@ -91,22 +92,22 @@ def test_the_loop_equals_a_plain_one_for_any_split(options, lab, tiny_tokenizer,
 def test_every_example_once_an_epoch_in_windows_of_like_length():
     lengths = [random.Random(i).randrange(9, 99) for i in range(1003)]
     data = [Example(str(i), range(n), 1, 5, 1.0) for i, n in enumerate(lengths)]
-    steps = windows(data, 8, seed="1/0")
+    steps = plan_epoch(data, 8, "1/0")
     assert sorted(int(e.id) for step in steps for e in step) == list(range(1003))
-    assert not any(steps == windows(data, 8, seed) for seed in ("1/1", "2/0", "0/1"))
+    assert not any(steps == plan_epoch(data, 8, seed) for seed in ("1/1", "2/0", "0/1"))
     padded = sum(len(step) * max(len(e.ids) for e in step) for step in steps)
     assert padded < 1.08 * sum(lengths)  # windows drawn at random need 1.7
 
 
 def test_steps_that_are_not_finite_are_not_taken(lab, monkeypatch):
-    real, calls = stage1_train.supervised_rows, []
+    real, calls = stage1_train.supervised_states, []
 
     def broken(*batch):
         calls.append(1)
         return real(*batch) * (torch.nan if len(calls) in (2, 4, 5) else 1)
 
-    monkeypatch.setattr(stage1_train, "supervised_rows", broken)
-    monkeypatch.setattr(stage1_train, "BAD_STEPS", 2)
+    monkeypatch.setattr(stage1_train, "supervised_states", broken)
+    monkeypatch.setattr(training, "BAD_STEPS", 2)
     arguments = ["--data", lab.write("t.jsonl", lab.rows[:96]), "--out", lab.path / "out", "--epochs", 1]
     code, said = lab.fail("stage1_train", *arguments)
     assert code == 1 and "stopped after 2 steps that were not finite" in said
@@ -119,9 +120,9 @@ def test_steps_that_are_not_finite_are_not_taken(lab, monkeypatch):
 
 
 def test_a_training_that_ends_in_steps_that_are_not_finite_is_not_done(lab, monkeypatch):
-    rows, calls = stage1_train.supervised_rows, []
+    rows, calls = stage1_train.supervised_states, []
     broken = lambda *batch: calls.append(1) or rows(*batch) * (torch.nan if len(calls) > 1 else 1)  # noqa: E731
-    monkeypatch.setattr(stage1_train, "supervised_rows", broken)
+    monkeypatch.setattr(stage1_train, "supervised_states", broken)
     arguments = ["--data", lab.write("t.jsonl", lab.rows[:48]), "--out", lab.path / "out", "--epochs", 1]
     for _ in range(2):  # the same command again does not make it whole
         code, said = lab.fail("stage1_train", *arguments)
@@ -133,8 +134,8 @@ def test_default_data_are_fetched(lab, monkeypatch):
     """Run `--model mistral-7b` in a fresh clone: prepare.py gets what is not there."""
     calls, failed = [], subprocess.CompletedProcess([], 2)
     monkeypatch.setattr(stage1_train, "ROOT", lab.path)
-    monkeypatch.setattr(stage1_train.models, "load_tokenizer", lambda name: None)  # it is on the hub
-    monkeypatch.setattr(stage1_train.subprocess, "run", lambda command: calls.append(command) or failed)
+    monkeypatch.setattr("tract.examples.models.load_tokenizer", lambda name: None)  # it is on the hub
+    monkeypatch.setattr("tract.examples.subprocess.run", lambda command: calls.append(command) or failed)
     code, said = lab.fail("stage1_train", "--model", "mistral-7b")
     prepare = lab.path / "data/feedback_collection/prepare.py"
     assert code == 2 and calls == [[sys.executable, prepare]]

@@ -27,6 +27,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def autocast(bf16: bool) -> torch.autocast:
+    """Compute matrix products in bf16, if so asked. No autocast cache: each weight is used once per pass."""
+    return torch.autocast(device().type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+
 def has_bf16() -> bool:
     """Tell whether a GPU computes in bf16 itself; most CPUs do so slowly, so they get fp32."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

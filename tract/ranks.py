@@ -47,16 +47,19 @@ def refuse_dropout(name: str, model) -> None:
                 raise InputError(f"{name}: several processes would draw the same dropout; {remedy}")
 
 
-def micro_batches(examples: list, size: int) -> Iterator[tuple[list, bool]]:
-    """Yield this rank's micro-batches, and whether they count.
+def micro_batches(examples: list, size: int) -> Iterator[list]:
+    """Yield this rank's micro-batches. Every rank has equally many, since FSDP gathers weights in each.
 
-    All ranks run equally many, since FSDP gathers weights in each: a rank that has none left runs the first
-    example again, and does not count it.
+    Where a rank has none left, that is the first example without supervised positions: it adds nothing.
     """
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    own = examples[rank() :: ranks]
-    for i in range(0, -(-len(examples) // ranks), size):
-        yield own[i : i + size] or examples[:1], i < len(own)
+    if not dist.is_initialized():
+        yield from (examples[i : i + size] for i in range(0, len(examples), size))
+        return
+    n_ranks = dist.get_world_size()
+    share = examples[rank() :: n_ranks]
+    idle = examples[0]._replace(start=len(examples[0].ids))
+    for i in range(0, -(-len(examples) // n_ranks), size):
+        yield share[i : i + size] or [idle]
 
 
 def is_spread(x) -> bool:

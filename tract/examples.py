@@ -1,0 +1,97 @@
+"""What comes before a training: fitting options, data, examples, a plan of its steps. Skip this at first."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from tract import hub, models, ranks, runs
+from tract.encode import Example, encode
+from tract.records import InputError, read_records
+
+
+def check_options(args) -> None:
+    """Refuse options that do not go together with each other or with the model. Raises InputError."""
+    if args.fsdp and (args.lora or not ranks.launched()):
+        raise InputError("--fsdp: spreads all weights (--full) over the processes that torchrun starts")
+    rank = hub.read(args.model, "adapter_config.json").get("r", args.lora)
+    if args.lora and args.lora != rank:
+        raise InputError(f"--lora {args.lora}: {args.model} has adapters of rank {rank}; leave that away")
+
+
+def read_examples(args, path: str, need: tuple, cots_of: Callable, tokenizer, score_ids) -> list[Example]:
+    """Read records and encode every (record, CoT) pair that is not too long. Raises InputError."""
+    records = read_records(path, args.grid, need)
+    longest = min(args.max_length, tokenizer.positions)
+    examples = []
+    quiet = ranks.rank() > 0
+    for record in tqdm(records, desc="tokenise", unit="record", delay=5, leave=False, disable=quiet):
+        cots = [""] if args.no_cot else cots_of(record)
+        for number, cot in enumerate(cots, 1):
+            id = record["id"] if len(cots) == 1 else f"{record['id']}#{number}"
+            record_with_cot = record | {"id": id, "cot": cot}
+            examples.append(encode(tokenizer, record_with_cot, args.grid, score_ids, args.no_cot))
+    if not examples:
+        raise InputError(f"{path}: no CoT in it is finished; train stage 1 longer, or --keep-unfinished")
+    fitting = [example for example in examples if len(example.ids) <= longest]
+    if not fitting:
+        shortest = min(len(example.ids) for example in examples)
+        raise InputError(f"{path}: all are longer than {longest} tokens, the shortest has {shortest}")
+    too_long = [example.id for example in examples if len(example.ids) > longest]
+    runs.report(too_long, f"left out, longer than {longest} tokens")
+    return fitting
+
+
+def plan_epoch(examples: list[Example], size: int, name: str) -> list[list[Example]]:
+    """Split an epoch into windows of `size` examples, one an optimiser step, in an order drawn by `name`.
+
+    The examples of a window are of like length, which leaves little padding: they are sorted within 50 steps,
+    then the steps are shuffled.
+    """
+    generator = torch.Generator().manual_seed(runs.seed_of(name))
+    shuffled = [examples[i] for i in torch.randperm(len(examples), generator=generator)]
+    windows = []
+    for start in range(0, len(shuffled), 50 * size):
+        by_length = sorted(shuffled[start : start + 50 * size], key=lambda example: len(example.ids))
+        windows += [by_length[i : i + size] for i in range(0, len(by_length), size)]
+    return [windows[i] for i in torch.randperm(len(windows), generator=generator)]
+
+
+def show_example(args, tokenizer, example: Example, score_ids: list[int]) -> None:
+    """Print the options, and an example with its loss mask: what --dry-run is for."""
+    print(json.dumps(vars(args) | {"grid": str(args.grid)}, default=str, indent=2))
+    ids, start, score = example.ids, example.start, example.score_position
+    print(f"\nrecord {example.id}, {start} tokens without loss:\n{tokenizer.decode(ids[:start])}")
+    print(f"\n{score - start} tokens with CE:\n{tokenizer.decode(ids[start:score])}")
+    token = f"{tokenizer.decode([ids[score]])!r} (id {ids[score]})"
+    print(f"\ntoken {score}: {token}, CE at the score: {args.score_ce}. Here the penalty")
+    print(f"({args.penalty}) to {example.score:g} is read, from p of the ids {' '.join(map(str, score_ids))}")
+    print(f"\nlast token, with CE: {tokenizer.decode([ids[-1]])!r}\n\n--dry-run: nothing was written")
+
+
+def say_what_lambda_weighs(args) -> None:
+    """Print what λ would be on the grid 1 to 5: the squared error grows with the square of the scale."""
+    width = args.grid.values[-1] - args.grid.values[0]
+    if args.lam and width != 4:
+        scale = (4 / width) ** 2 if args.penalty == "squared" else 4 / width
+        weight = f"λ = {args.lam:g} weighs as much as {args.lam / scale:g} on 1 to 5"
+        print(f"the grid is {width:g} wide: {weight}; --lambda {scale:.2g} would weigh as much as 1")
+
+
+def fetch_data(args, path: Path) -> None:
+    """Run the prepare.py beside the default data where these are not there yet: they are large."""
+    ranks.join()
+    if not path.is_file():  # look at the rest first
+        runs.check_out(args)
+        models.load_tokenizer(args.model)
+        prepare = path.with_name("prepare.py")
+        if not ranks.rank():
+            print(f"{path}: not there yet; {prepare} gets it", flush=True)
+            code = subprocess.run([sys.executable, prepare]).returncode
+            if code:
+                raise SystemExit(code)
+    ranks.wait()

@@ -1,0 +1,195 @@
+"""What surrounds a training that may be cut off at any moment: state, log, signals. Skip this at first."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import get_cosine_schedule_with_warmup
+
+from tract import ranks, runs
+from tract.encode import Example, thinks
+from tract.runs import Fault
+
+BAD_STEPS = 10  # steps in a row without a finite loss after which training stops
+
+
+def begin(args) -> tuple:
+    """Make OUT.part, or go on with it; returns it, its settings and its lock, which rank 0 alone has."""
+    if ranks.rank():
+        found = (Path(f"{args.out}.part"), None, None)
+    else:
+        found = runs.begin(args)
+    ranks.wait()
+    return found
+
+
+def is_whole(part: Path, out: Path) -> bool:
+    """Tell whether an earlier run was killed just before its checkpoint got its name, and give it that."""
+    whole = ranks.anyone((part / "whole/run.json").is_file())
+    if whole and not ranks.rank():
+        print(f"{part}: is trained already")
+        runs.finish(part, out)
+    return whole
+
+
+def save_checkpoint(args, model, tokenizer, part: Path, settings: dict, started: float, facts: dict) -> None:
+    """Write the checkpoint, then run.json, and only then give all the name args.out. Raises Fault."""
+    weights = ranks.together(model.state_dict()) if args.fsdp else None
+    if ranks.rank():
+        return
+    log = read_log(part)
+    whole = part / "whole"
+    try:
+        model.save_pretrained(whole, state_dict=weights)
+        tokenizer.save_pretrained(whole)
+    except SafetensorError as error:
+        raise Fault(f"{part}: the checkpoint can't be written ({error}); {runs.GO_ON}") from None
+    shutil.copy(part / "log.jsonl", whole)
+    (whole / "README.md").unlink(missing_ok=True)  # peft's, a form to fill in
+    facts |= {"last_step": log[-1], "enable_thinking": thinks(tokenizer)}
+    runs.write_run(whole / "run.json", args, settings, started, **facts)
+    runs.finish(part, args.out)
+    print(f"{args.out}: stage {args.stage} done in {time.time() - started:.0f} s")
+
+
+def make_optimiser(model, args, steps: int):
+    """Make AdamW and its schedule: a linear warm-up over the share --warmup of steps, then a cosine to 0."""
+    groups = {}  # weight matrices apart from norms and biases, and what FSDP spreads apart from the rest
+    for weight in model.parameters():
+        if weight.requires_grad:
+            kind = (weight.ndim >= 2, ranks.is_spread(weight))
+            decay = args.weight_decay if weight.ndim >= 2 else 0.0
+            group = groups.setdefault(kind, {"params": [], "weight_decay": decay})
+            group["params"].append(weight)
+    # fused: one pass over the weights, and on a GPU no second copy of them
+    optimiser = torch.optim.AdamW(list(groups.values()), lr=args.lr, betas=(0.9, 0.999), fused=True)
+    return optimiser, get_cosine_schedule_with_warmup(optimiser, round(args.warmup * steps), steps)
+
+
+class Journal:
+    """Log each step to folder/log.jsonl, save the state every so often, and go on from there.
+
+    The first SIGINT or SIGTERM stops after the step in flight, the second at once.
+    """
+
+    def __init__(self, args, folder: Path, model, optimiser, schedule, n_steps: int):
+        self.folder, self.save_every, self.n_steps = folder, args.save_every, n_steps
+        self.label = f"stage {args.stage}"
+        self.trained = (model, optimiser, schedule)
+        self.bad_steps = 0  # in a row
+        self.tokens = 0  # trained on since the start of this process
+        self.stopping = False
+
+    def __enter__(self) -> "Journal":
+        self.done = load_state(self.folder, *self.trained)
+        self.handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        path = os.devnull if ranks.rank() else self.folder / "log.jsonl"
+        self.log = open(path, "a", buffering=1)
+        self.bar = runs.progress(self.n_steps, self.done, self.label, "step", quiet=ranks.rank() > 0)
+        self.started = time.time()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+        self.log.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def stop(self, number: int, frame) -> None:
+        """Stop after this step; at the second signal, at once."""
+        if self.stopping:
+            signal.default_int_handler(number, frame)
+        self.stopping = True
+
+    def remaining(self, plan: list) -> Iterator[tuple[int, list[Example]]]:
+        """Yield the steps that are still to be taken: their numbers, from 1 on, and their examples."""
+        yield from enumerate(plan[self.done :], self.done + 1)
+
+    def end_step(self, window: list[Example], line: dict) -> None:
+        """Log a step, save the state where that is due, stop if asked to. Raises Fault, KeyboardInterrupt."""
+        step = line["step"]
+        self.bar.set_postfix(loss=line["loss"], refresh=False)
+        for name in ("loss", "ce", "penalty", "grad_norm"):
+            if not math.isfinite(line[name]):
+                line[name] = None  # JSON knows no NaN
+        self.log.write(json.dumps(line) + "\n")
+        self.tokens += sum(len(example.ids) for example in window)
+        self.bar.update()
+        self.bad_steps = 0 if line["taken"] else self.bad_steps + 1
+        if not line["taken"]:
+            ids = ", ".join(example.id for example in window)
+            self.bar.write(f"step {step} not taken, not finite: {ids}")
+        stopping = ranks.anyone(self.stopping)
+        too_bad = self.bad_steps == BAD_STEPS
+        if step % self.save_every == 0 or step == self.n_steps or too_bad or stopping:
+            if not ranks.rank():
+                os.fsync(self.log.fileno())  # the log may be ahead of the state, never behind
+            save_state(self.folder, *self.trained, step)
+            ranks.wait()
+        if too_bad:
+            what = f"stopped after {BAD_STEPS} steps that were not finite"
+            raise Fault(f"{self.folder}: {what}; try a lower --lr")
+        if stopping:
+            raise KeyboardInterrupt(f"{self.folder}: stopped after step {step}; the same command goes on")
+
+    def tokens_per_second(self) -> int:
+        return round(self.tokens / (time.time() - self.started))
+
+
+def read_log(folder: Path) -> list[dict]:
+    """Read the log of a training that has ended. Raises Fault where its last steps were not finite."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+    taken = [line["taken"] for line in log]
+    if not all(taken):
+        skipped = taken.count(False)
+        print(f"{skipped} of {len(taken)} steps were not finite and not taken, see log.jsonl")
+    if not any(taken[-2:]):
+        what = "the last steps were not finite, the weights are spoilt"
+        raise Fault(f"{folder}: {what}; remove it, lower --lr")
+    return log
+
+
+def save_state(folder: Path, model, optimiser, schedule, step: int) -> None:
+    """Save all that a run needs to end as if it had never stopped. Raises Fault."""
+    state = {"step": step, "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
+    state["weights"] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state["random"] = torch.get_rng_state()
+    state["random_on_gpus"] = torch.cuda.get_rng_state_all()
+    state = ranks.together(state)
+    if not ranks.rank():
+        runs.write_whole(folder / "state.pt", partial(torch.save, state))
+
+
+def load_state(folder: Path, model, optimiser, schedule) -> int:
+    """Put model, optimiser, schedule and log back to where they were saved; returns the step, 0 for none."""
+    log = folder / "log.jsonl"
+    path = folder / "state.pt"
+    if not path.is_file():
+        if not ranks.rank():
+            log.unlink(missing_ok=True)
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    weights = dict(model.named_parameters())
+    saved = {name: ranks.spread_like(weights[name], x) for name, x in state["weights"].items()}
+    model.load_state_dict(saved, strict=False)
+    trained = [p for group in optimiser.param_groups for p in group["params"]]
+    for i, moments in state["optimiser"]["state"].items():
+        for name, moment in moments.items():
+            moments[name] = ranks.spread_like(trained[i], moment)
+    optimiser.load_state_dict(state["optimiser"])
+    schedule.load_state_dict(state["schedule"])
+    torch.set_rng_state(state["random"])
+    torch.cuda.set_rng_state_all(state["random_on_gpus"][: torch.cuda.device_count()])  # maybe none
+    if not ranks.rank():
+        lines = log.read_text("utf-8").splitlines(keepends=True)
+        runs.write_whole(log, "".join(lines[: state["step"]]))
+    print(f"{folder}: going on after step {state['step']}")
+    return state["step"]
