@@ -1,7 +1,7 @@
 """The two formulas of TRACT (arXiv 2503.04381): the RAIL predictor and the CoT-RAFT loss; tensors in and out.
-The loss has other choices, too, for what it computes at the score: the cross-entropy and the penalty.
 
-Letters: R supervised rows (positions whose next token carries loss), B sequences, V vocabulary, S scores.
+Below them stand the other losses that one may want beside the paper's: other penalties, and another CE.
+Letters: R supervised positions (whose next token carries loss), B sequences, V vocabulary, S scores.
 """
 
 from typing import NamedTuple
@@ -36,41 +36,6 @@ def rail(logits: Tensor, *, score_ids: Tensor, score_values: Tensor) -> Rail:
     probs = logits.softmax(-1)[..., score_ids]  # (..., S)
     expected = (probs * score_values.to(probs.dtype)).sum(-1)
     return Rail(expected, 1 - probs.sum(-1), probs)
-
-
-def two_hot(true_scores: Tensor, score_values: Tensor) -> Tensor:
-    """Split each true score between its two neighbours on the grid, so that its mean is kept: (B,) → (B, S).
-
-    Worked example: on the grid 1, 5 a true score of 4 becomes (.25, .75); on the grid 1, 3, 5, (0, .5, .5).
-    """
-    up_to = ((score_values[1:] - true_scores[:, None]) / score_values.diff()).clamp(0, 1)  # (B, S − 1)
-    return F.pad(F.pad(up_to, (1, 0)), (0, 1), value=1).diff()  # from cumulated shares to shares
-
-
-def penalty_of(
-    kind: str, logits: Tensor, true_scores: Tensor, score_ids: Tensor, score_values: Tensor
-) -> Tensor:
-    """Return what λ weighs, (B,): how far each score distribution is from its true score y.
-
-    squared  (Σ_v p(v) · v − y)², RAFT's. Least where the expected score is the mean of y. Mass off the grid
-             is worth 0, and so is punished.
-    rps      Σ_k (v_k+1 − v_k) · (P_k − T_k)², the ranked probability score (Epstein 1969), with P and T the
-             cumulated p and two_hot(y). Proper: least where p is the distribution of y, not its mean alone.
-    ntl      Σ_v p(v) · |v − y|, the number-token loss (arXiv 2411.02083). Least at a median of y.
-
-    For rps and ntl, p is renormalised over the scores: off-grid mass costs nothing here, only in the CE.
-
-    Worked example: logits (B, V) as in `rail`, so p is .2 and .6 on the scores 1 and 5, and y = 4. squared is
-    (3.2 − 4)² = .64, rps 4 · (.25 − .25)² = 0, ntl .25 · 3 + .75 · 1 = 1.5.
-    """
-    if kind == "squared":
-        expected = rail(logits, score_ids=score_ids, score_values=score_values).expected
-        return (expected - true_scores).square()
-    probs = logits[:, score_ids].softmax(-1)  # (B, S)
-    if kind == "ntl":
-        return (probs * (score_values - true_scores[:, None]).abs()).sum(-1)
-    cumulated = (probs - two_hot(true_scores, score_values)).cumsum(-1)[:, :-1]  # P − T, (B, S − 1)
-    return (cumulated.square() * score_values.diff()).sum(-1)
 
 
 class Loss(NamedTuple):
@@ -118,15 +83,67 @@ def cot_raft_loss(
     (3.2 − 5)² = 3.24, and with λ = 1 the loss is 3.842.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    at_score, true_scores = logits[is_score], true_scores[is_score].to(logits.dtype)  # (B, V), (B,)
+    score_logits = logits[is_score]  # (B, V)
+    true_scores = true_scores[is_score].to(logits.dtype)  # (B,)
+
     nll = F.cross_entropy(logits, targets, reduction="none")  # (R,)
     if score_ce == "two-hot":
-        log_probs = at_score.log_softmax(-1)[:, score_ids]  # (B, S)
-        nll = nll.masked_scatter(is_score, -(two_hot(true_scores, score_values) * log_probs).sum(-1))
-    in_ce = ~is_score if score_ce == "none" else torch.ones_like(is_score)
-    n_tokens = n_tokens if n_tokens is not None else int(in_ce.sum())
-    n_sequences = n_sequences if n_sequences is not None else len(true_scores)
+        nll = nll.masked_scatter(is_score, two_hot_ce(score_logits, true_scores, score_ids, score_values))
+    if score_ce == "none":
+        nll = nll[~is_score]
+    n_sequences = len(true_scores) if n_sequences is None else n_sequences
+    n_tokens = len(nll) if n_tokens is None else n_tokens
+    ce = nll.sum() / max(n_sequences if ce_sum else n_tokens, 1)
 
-    ce = (nll * in_ce).sum() / max(n_sequences if ce_sum else n_tokens, 1)
-    distance = penalty_of(penalty, at_score, true_scores, score_ids, score_values).sum() / max(n_sequences, 1)
-    return Loss(ce_weight * ce + lam * distance, ce.detach(), distance.detach())
+    penalties = penalty_of(penalty, score_logits, true_scores, score_ids, score_values)  # (B,)
+    mean_penalty = penalties.sum() / max(n_sequences, 1)
+    return Loss(ce_weight * ce + lam * mean_penalty, ce.detach(), mean_penalty.detach())
+
+
+def penalty_of(
+    kind: str, logits: Tensor, true_scores: Tensor, score_ids: Tensor, score_values: Tensor
+) -> Tensor:
+    """Return what λ weighs, (B,): how far each score distribution is from its true score y.
+
+    squared  (Σ_v p(v) · v − y)², RAFT's. Least where the expected score is the mean of y. Mass off the grid
+             is worth 0, and so is punished.
+    rps      Σ_k (v_k+1 − v_k) · (P_k − T_k)², the ranked probability score (Epstein 1969), with P and T the
+             cumulated p and two_hot(y). Proper: least where p is the distribution of y, not its mean alone.
+    ntl      Σ_v p(v) · |v − y|, the number-token loss (arXiv 2411.02083). Least at a median of y.
+
+    For rps and ntl, p is renormalised over the scores: off-grid mass costs nothing here, only in the CE.
+
+    Worked example: logits (B, V) as in `rail`, so p is .2 and .6 on the scores 1 and 5, and y = 4. squared is
+    (3.2 − 4)² = .64, rps 4 · (.25 − .25)² = 0, ntl .25 · 3 + .75 · 1 = 1.5.
+    """
+    if kind == "squared":
+        expected = rail(logits, score_ids=score_ids, score_values=score_values).expected
+        return (expected - true_scores).square()
+    probs = logits[:, score_ids].softmax(-1)  # (B, S)
+    if kind == "ntl":
+        distances = (score_values - true_scores[:, None]).abs()  # (B, S)
+        return (probs * distances).sum(-1)
+    gaps = (probs - two_hot(true_scores, score_values)).cumsum(-1)  # P − T, (B, S); the last is 0
+    return (gaps[:, :-1].square() * score_values.diff()).sum(-1)
+
+
+def two_hot_ce(logits: Tensor, true_scores: Tensor, score_ids: Tensor, score_values: Tensor) -> Tensor:
+    """Return −Σ_v t(v) log p(str(v)), (B,), with t = `two_hot`: CE with a target that keeps y's mean."""
+    log_probs = logits.log_softmax(-1)[:, score_ids]  # (B, S)
+    return -(two_hot(true_scores, score_values) * log_probs).sum(-1)
+
+
+def two_hot(true_scores: Tensor, score_values: Tensor) -> Tensor:
+    """Split each true score between its two neighbours on the grid, so that its mean is kept: (B,) → (B, S).
+
+    Worked example: on the grid 1, 5 a true score of 4 becomes (.25, .75); on the grid 1, 3, 5, (0, .5, .5).
+    """
+    right = torch.searchsorted(score_values, true_scores).clamp(1, len(score_values) - 1)  # (B,)
+    left = right - 1
+    weight = (true_scores - score_values[left]) / (
+        score_values[right] - score_values[left]
+    )  # of the right one
+    shares = true_scores.new_zeros(len(true_scores), len(score_values))
+    shares.scatter_(1, left[:, None], 1 - weight[:, None])
+    shares.scatter_(1, right[:, None], weight[:, None])
+    return shares
