@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from loss import Rail, rail
 from tract import hub, models, runs
-from tract.encode import prefix_ids, prompt_ids, score_tokens, thinks
+from tract.encode import enable_thinking, prefix_ids, prompt_ids, score_tokens
 from tract.models import decode, device, head, score_logits
 from tract.records import ROOT, Grid, InputError, read_records
 from tract.runs import COUNT, WEIGHT, Fault
@@ -268,7 +268,7 @@ def process_file(args, need: tuple[str, ...], texts_of: Callable, answer: Callab
     unfinished = [r["id"] for r in fitting if not all(json.loads(done[r["id"]])["finished"])]
     record = Path(f"{str(args.out).removesuffix('.jsonl')}.run.json")
     facts = {"unfinished": len(unfinished), "sequences_at_once": at_once}
-    runs.write_run(record, args, settings, started, **facts, enable_thinking=thinks(judge.tokenizer))
+    runs.write_run(record, args, settings, started, **facts, enable_thinking=enable_thinking(judge.tokenizer))
     runs.write_whole(args.out, "".join(done[r["id"]] for r in fitting))  # last: where OUT is, everything is
     shutil.rmtree(part)
     runs.report(length.keys() - done.keys(), f"left out, longer than {longest} tokens")

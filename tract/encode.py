@@ -25,9 +25,14 @@ def template_halves(tokenizer) -> tuple[str, str]:
     messages = [{"role": "user", "content": PLACEHOLDER}]
     try:
         template = SAME_DATE + tokenizer.get_chat_template()
-        options = {"tokenize": False, "add_generation_prompt": True, "date_string": DATE}
-        options |= {"enable_thinking": False}  # the CoT is the judge's own, before its score
-        text = tokenizer.apply_chat_template(messages, chat_template=template, **options)
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
+            date_string=DATE,
+            enable_thinking=False,  # the CoT is the judge's own, before its score
+        )
     except Exception as error:  # a template can raise anything
         raise InputError(f"{tokenizer.name_or_path}: its chat template fails ({error}); mend it") from None
     if text.count(PLACEHOLDER) != 1:
@@ -36,10 +41,10 @@ def template_halves(tokenizer) -> tuple[str, str]:
     return before, after
 
 
-def thinks(tokenizer) -> bool | None:
+def enable_thinking(tokenizer) -> bool | None:
     """Return what a chat template is told for `enable_thinking`: False, or None where it does not ask."""
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-    return False if "enable_thinking" in template else None
+    asks = bool(tokenizer.chat_template) and "enable_thinking" in tokenizer.get_chat_template()
+    return False if asks else None
 
 
 def control_tokens(tokenizer) -> dict[int, str]:
@@ -98,23 +103,30 @@ def prefix_ids(tokenizer, prompt: list[int], cot: str, grid: Grid) -> list[int]:
 
 
 def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
-    """Derive in context what the suffix becomes after a CoT, up to the score, and the token id of each score.
+    """Return what the suffix becomes after a CoT, up to the score, and the token id of each score.
 
-    So it holds where the space melts into the digit (GPT-2: " 4") as well as where it is a token of its own
-    (Mistral, Llama-3). Raises InputError where two scores do not differ in exactly their last token.
+    A sample CoT with suffix and score is tokenised: its last token is the score, and what precedes that, after
+    the CoT, is the suffix. So it holds where the space melts into the digit (GPT-2: " 4") and where it is a
+    token of its own (Mistral, Llama-3). Raises InputError where scores do not differ in just that token.
     """
-    name, cot = tokenizer.name_or_path or "tokenizer", "The answer is good."
-    targets = [target_ids(tokenizer, cot, token, grid.suffix) for token in grid.tokens]
-    prefix, score_ids = targets[0][:-1], [ids[-1] for ids in targets]
-    for i, (token, ids) in enumerate(zip(grid.tokens, targets, strict=True)):
-        if ids[:-1] != prefix or ids[-1] in (*score_ids[:i], tokenizer.unk_token_id):
-            what = f"{name}: scores {grid.tokens[0]!r} and {token!r} do not differ in exactly one token"
-            remedy = "name each by one: --grid 1,2,3,4,5,6,7,8,9,0=10 for 1 to 10, or letters, A=1,B=2,C=3"
-            raise InputError(f"{what} ({targets[0][-3:]}, {ids[-3:]}); {remedy}")
+    name = tokenizer.name_or_path or "tokenizer"
     if tokenizer.eos_token_id is None:
         raise InputError(f"{name}: has no end-of-sequence token; add one to its tokenizer_config.json")
-    same = [a == b for a, b in zip(text_ids(tokenizer, cot), prefix, strict=False)]
-    return prefix[[*same, False].index(False) :], score_ids
+    cot = "The answer is good."
+    first = target_ids(tokenizer, cot, grid.tokens[0], grid.suffix)
+    score_ids = []
+    for token in grid.tokens:
+        ids = target_ids(tokenizer, cot, token, grid.suffix)
+        if ids[:-1] != first[:-1] or ids[-1] in (*score_ids, tokenizer.unk_token_id):
+            what = f"{name}: scores {grid.tokens[0]!r} and {token!r} do not differ in exactly one token"
+            remedy = "name each by one: --grid 1,2,3,4,5,6,7,8,9,0=10 for 1 to 10, or letters, A=1,B=2,C=3"
+            raise InputError(f"{what} ({first[-3:]}, {ids[-3:]}); {remedy}")
+        score_ids.append(ids[-1])
+    cot_ids = text_ids(tokenizer, cot)
+    n_shared = 0  # tokens that belong to the CoT alone
+    while n_shared < len(cot_ids) and cot_ids[n_shared] == first[n_shared]:
+        n_shared += 1
+    return first[n_shared:-1], score_ids
 
 
 class Example(NamedTuple):  # one training sequence
@@ -134,11 +146,13 @@ def encode(tokenizer, record: dict, grid: Grid, score_ids: list[int], no_cot: bo
 
     Without CoT the suffix is always given, never predicted: only score and end of sequence carry loss.
     """
-    prompt, point = prompt_ids(tokenizer, record["prompt"]), grid.nearest(record["score"])
-    target = target_ids(tokenizer, "" if no_cot else record["cot"], grid.tokens[point], grid.suffix)
-    if target[-1] != score_ids[point]:
+    prompt = prompt_ids(tokenizer, record["prompt"])
+    nearest = grid.nearest(record["score"])  # index of the grid point whose token stands in the text
+    cot = "" if no_cot else record["cot"]
+    target = target_ids(tokenizer, cot, grid.tokens[nearest], grid.suffix)
+    if target[-1] != score_ids[nearest]:
         raise InputError(f"record {record['id']!r}: its score became token {target[-1]}; change its cot")
-    ids = array("i", prompt + target + [tokenizer.eos_token_id])
+    ids = array("i", [*prompt, *target, tokenizer.eos_token_id])
     score_position = len(ids) - 2
     start = score_position if no_cot else len(prompt)
     return Example(record["id"], ids, start, score_position, float(record["score"]))
