@@ -105,7 +105,7 @@ def prefix_ids(tokenizer, prompt: list[int], cot: str, grid: Grid) -> list[int]:
 def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
     """Return what the suffix becomes after a CoT, up to the score, and the token id of each score.
 
-    A sample CoT with suffix and score is tokenised: its last token is the score, and what precedes that, after
+    A sample CoT with suffix and score is tokenised: its last token is the score; what precedes that, after
     the CoT, is the suffix. So it holds where the space melts into the digit (GPT-2: " 4") and where it is a
     token of its own (Mistral, Llama-3). Raises InputError where scores do not differ in just that token.
     """
