@@ -204,18 +204,23 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     training.save_checkpoint(args, model, tokenizer, part, settings, started, facts)
 
 
+def asked_for() -> tuple[str, int]:
+    """Return the seed of the --model on the command line, and the rank of its adapters, 8 where it has none."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", default=TINY_SEED)
+    parser.add_argument("--help", "-h", action="store_true")  # which shall not wait for the hub
+    asked = parser.parse_known_args()[0]
+    try:  # p_s is trained on as its seed was (A.4)
+        seed = hub.trained(asked.model, offline=asked.help).get("model", asked.model)
+        rank = hub.read(asked.model, "adapter_config.json", offline=asked.help).get("r", 8)
+    except InputError:  # which is said when the options are read
+        return asked.model, 8
+    return seed, rank
+
+
 def make_parser(description: str, stage: int) -> argparse.ArgumentParser:
     """Make the options of both training stages; which defaults they have depends on --model."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--model", default=TINY_SEED)
-    first.add_argument("--help", "-h", action="store_true")  # which shall not wait for the hub
-    asked = first.parse_known_args()[0]
-    seed, own_rank = asked.model, 8
-    try:  # p_s is trained on as its seed was (A.4)
-        seed = hub.trained(asked.model, offline=asked.help).get("model", seed)
-        own_rank = hub.read(asked.model, "adapter_config.json", offline=asked.help).get("r", own_rank)
-    except InputError:  # which is said when the options are read
-        pass
+    seed, own_rank = asked_for()
     embedded = Path(seed).resolve() == Path(TINY_SEED)
     large = hub.resolve(seed) in map(hub.resolve, LORA_BY_DEFAULT)
     data = ROOT / "data" / ("tiny" if embedded else "feedback_collection") / "train.jsonl"
