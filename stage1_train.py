@@ -205,7 +205,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
 
 
 def asked_for() -> tuple[str, int]:
-    """Return the seed of the --model on the command line, and the rank of its adapters, 8 where it has none."""
+    """Return the seed of the --model on the command line, and the rank of its adapters (8 for none)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", default=TINY_SEED)
     parser.add_argument("--help", "-h", action="store_true")  # which shall not wait for the hub
