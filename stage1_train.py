@@ -135,7 +135,10 @@ def train(args, model, plan: list, held_out: list[Example], loss: Callable, pad_
             if held_out and step % (len(plan) // args.epochs) == 0:
                 line["valid"] = evaluate(model, held_out, loss, pad_id, args)
             journal.end_step(window, line)
-        return journal.tokens_per_second()
+        speed = journal.tokens_per_second()
+    if not math.isfinite(evaluate(model, plan[-1], loss, pad_id, args)["ce"]):
+        raise Fault(f"{folder}: the last steps spoilt the weights; remove it, and try a lower --lr")
+    return speed
 
 
 @torch.no_grad()
@@ -204,25 +207,28 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     training.save_checkpoint(args, model, tokenizer, part, settings, started, facts)
 
 
-def asked_for() -> tuple[str, int]:
-    """Return the seed of the --model on the command line, and the rank of its adapters (8 for none)."""
+def asked_for() -> tuple[str, int | None]:
+    """Return the seed of the --model on the command line, and the rank of its adapters, if it has any."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", default=TINY_SEED)
     parser.add_argument("--help", "-h", action="store_true")  # which shall not wait for the hub
     asked = parser.parse_known_args()[0]
     try:  # p_s is trained on as its seed was (A.4)
         seed = hub.trained(asked.model, offline=asked.help).get("model", asked.model)
-        rank = hub.read(asked.model, "adapter_config.json", offline=asked.help).get("r", 8)
+        rank = hub.read(asked.model, "adapter_config.json", offline=asked.help).get("r")
     except InputError:  # which is said when the options are read
-        return asked.model, 8
+        return asked.model, None
     return seed, rank
 
 
 def make_parser(description: str, stage: int) -> argparse.ArgumentParser:
     """Make the options of both training stages; which defaults they have depends on --model."""
-    seed, own_rank = asked_for()
-    embedded = Path(seed).resolve() == Path(TINY_SEED)
+    seed, rank_of_adapters = asked_for()
+    # run.json has --model as it was typed, maybe in another folder
+    embedded = TINY_SEED in (str(Path(seed).resolve()), str((ROOT / seed).resolve()))
     large = hub.resolve(seed) in map(hub.resolve, LORA_BY_DEFAULT)
+    rank = rank_of_adapters or 8
+    lora = rank if large or rank_of_adapters else None
     data = ROOT / "data" / ("tiny" if embedded else "feedback_collection") / "train.jsonl"
 
     parser = argparse.ArgumentParser(description=description, formatter_class=runs.Help, allow_abbrev=False)
@@ -233,9 +239,8 @@ def make_parser(description: str, stage: int) -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path(f"out/stage{stage}"), help="folder of the checkpoint")
     add("--dry-run", action="store_true", help="only show options and an example with its loss mask")
     add = parser.add_argument_group("what is trained").add_mutually_exclusive_group().add_argument
-    rank = {"nargs": "?", "const": own_rank, "default": own_rank if large else None}
-    what = f"adapters of this rank, or of rank {own_rank}, on all linear layers; None: all weights"
-    add("--lora", **rank, type=COUNT, metavar="RANK", help=what)
+    what = f"adapters of this rank, or of rank {rank}, on all linear layers; None: all weights"
+    add("--lora", nargs="?", type=COUNT, const=rank, default=lora, metavar="RANK", help=what)
     full = {"action": "store_const", "const": None, "dest": "lora", "default": argparse.SUPPRESS}
     add("--full", **full, help="all weights, in fp32")
     add = parser.add_argument_group("loss: ce-weight · CE + λ · penalty, as in loss.py").add_argument

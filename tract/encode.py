@@ -50,10 +50,11 @@ def enable_thinking(tokenizer) -> bool | None:
 def control_tokens(tokenizer) -> dict[int, str]:
     """Return the tokens that only a chat template may write, such as </s> and <think>, by id.
 
-    These are all that were added to the vocabulary, but for white space and single letters, which are text.
+    These are the special ones, and what was added to the vocabulary and looks like markup. Words and runs of
+    spaces were added to some, too, and are text.
     """
     added = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items()}
-    added = {id: token for id, token in added.items() if len(token.strip()) > 1}
+    added = {id: token for id, token in added.items() if re.fullmatch(r"[<\[|].+[>\]|]", token)}
     return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
@@ -122,6 +123,8 @@ def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
             remedy = "name each by one: --grid 1,2,3,4,5,6,7,8,9,0=10 for 1 to 10, or letters, A=1,B=2,C=3"
             raise InputError(f"{what} ({first[-3:]}, {ids[-3:]}); {remedy}")
         score_ids.append(ids[-1])
+    if len(first) < 2:
+        raise InputError(f"{name}: its tokenizer knows no word of the suffix; is it the model's own?")
     cot_ids = text_ids(tokenizer, cot)
     n_shared = 0  # tokens that belong to the CoT alone
     while n_shared < len(cot_ids) and cot_ids[n_shared] == first[n_shared]:
