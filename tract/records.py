@@ -70,7 +70,8 @@ class Grid(NamedTuple):
         return cls(tuple(tokens), tuple(values), f" {suffix.strip()} ")
 
     def __str__(self) -> str:
-        return ",".join(f"{token}={value:.12g}" for token, value in zip(self.tokens, self.values, strict=True))
+        pairs = zip(self.tokens, self.values, strict=True)
+        return ",".join(f"{token}={value:.12g}" for token, value in pairs)
 
     def nearest(self, score: float) -> int:
         """Return the index of the grid point nearest to `score`, halves up."""
