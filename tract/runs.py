@@ -14,25 +14,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import IO
 
 from tqdm import tqdm
 
 from tract import hub
-from tract.hub import read_json, sha256
+from tract.hub import read_json
 from tract.records import ROOT, Grid, InputError
+from tract.settings import arguments, settings_of, versions
 
 GO_ON = "what was finished is kept; mend it and give the same command to go on"
 PASSING = {"lock", "settings.json", "settings.json.tmp", "state.pt"}  # what OUT.part has and OUT has not
-LIBRARIES = ("torch", "transformers", "tokenizers", "peft")
-CODE = [*ROOT.glob("[!e]*.py"), *ROOT.glob("tract/*.*")]  # what decides results, as eval.py does not
-FREE = {"out", "dry_run", "save_every", "model", "engine_args"}  # do not decide, or not by themselves
-FREE_OF_VLLM = set(
-    "max_model_len gpu_memory_utilization tensor_parallel_size pipeline_parallel_size max_num_seqs"
-    " max_num_batched_tokens max_lora_rank swap_space cpu_offload_gb".split()
-)
 
 
 class Fault(Exception):
@@ -95,34 +88,6 @@ def write_run(path: Path, args: argparse.Namespace, settings: dict, started: flo
         **facts,
     }
     write_whole(path, json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in LIBRARIES}
-
-
-def arguments(args: argparse.Namespace) -> dict:
-    return vars(args) | {"grid": str(args.grid), "suffix": args.grid.suffix}
-
-
-def settings_of(args: argparse.Namespace) -> dict:
-    """Return all that decides a run's result: options, files by their contents, versions, this code."""
-    settings = {name: value for name, value in arguments(args).items() if name not in FREE}
-    for name in ("data", "valid"):
-        if settings.get(name):
-            settings[name] = sha256(settings[name])
-    vllm = dict(getattr(args, "engine_args", []))
-    groups = {
-        "model": hub.identity(args.model),
-        "base": hub.identity(hub.base_of(args.model)),
-        "vLLM": {name: value for name, value in vllm.items() if name not in FREE_OF_VLLM},
-        "version of": versions(),
-        "code of": {path.name: sha256(path) for path in CODE},
-    }
-    for group, entries in groups.items():
-        for name, value in entries.items():
-            settings[f"{group} {name}"] = value
-    return json.loads(json.dumps(settings, default=str))
 
 
 def begin(args: argparse.Namespace) -> tuple[Path, dict, IO]:
