@@ -121,9 +121,9 @@ def not_in_prompt(record: dict) -> str | None:
     prompt = " ".join(record["prompt"].split())
     for field, value in record.items():
         if field in (*PARTS, "reference") or RESPONSES.fullmatch(field):
-            if isinstance(value, dict):  # a rubric with a text a score
-                value = list(value.values())
             texts = value if isinstance(value, list) else [value]
+            if isinstance(value, dict):  # a rubric with a text a score
+                texts = value.values()
             if not all(" ".join(text.split()) in prompt for text in texts if is_text(text)):
                 return field
     return None

@@ -64,7 +64,14 @@ def add_up(tensors: list[Tensor]) -> None:
 
 def gradients(model) -> list[Tensor]:
     """Return the gradients that every rank has as a whole; FSDP adds up the others by itself."""
-    return [p.grad for p in model.parameters() if p.grad is not None and not is_spread(p.grad)]
+    found = []
+    for weight in model.parameters():
+        if weight.requires_grad and not is_spread(weight):
+            if weight.grad is None and launched():  # as the head's, on a rank that had no example
+                weight.grad = torch.zeros_like(weight)  # for all have to add up the same
+            if weight.grad is not None:
+                found.append(weight.grad)
+    return found
 
 
 def clip(model, largest: float) -> Tensor:
