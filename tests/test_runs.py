@@ -173,7 +173,7 @@ def test_nothing_that_is_there_is_touched(lab):
     (path / "link").symlink_to(path / "mine")
     for name in ("b.part/thesis.tex", "c.part", "d.part/settings.json"):
         (path / name).write_text("{mine")
-    cases = {name: "is there already; choose" for name in ("mine", "link", "train.jsonl")}
+    cases = dict.fromkeys(("mine", "link", "train.jsonl"), "is there already; choose")
     cases |= {"b": "no run made it", "c": "no run made it", "d": "is broken", "e": "another process is"}
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
     with open(path / "e.part/lock", "ab") as held:
