@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tract import runs
-from tract.records import Grid, InputError, find_verdict
+from tract.checks import find_verdict
+from tract.records import Grid, InputError
 
 SCORE = r"(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*5)?"  # 4, 4.0, 4/5, 4 out of 5
 SAYS = r"(?:(?:the|an?|final|overall|score|rating|is|of)\b[\s,:=*]*)*"

@@ -8,8 +8,9 @@ import re
 import pytest
 
 from tract import runs
-from tract.prompt import render_prompt
-from tract.records import SUFFIX, Grid, InputError, check_record, find_verdict, read_records
+from tract.checks import check_record, find_verdict
+from tract.prompt import SUFFIX, render_prompt
+from tract.records import Grid, InputError, read_records
 
 GOOD = {"id": "a", "prompt": "p", "cot": "c", "score": 4}
 NEXT = GOOD | {"id": "b"}

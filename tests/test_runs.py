@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 
 import gen_cot
-from tract import hub, runs
+from tract import hub, runs, settings
 from tract.models import TINY_SEED
 
 RUNS = {  # script → options
@@ -104,11 +104,11 @@ def test_what_decides_a_result_and_changed_is_named_and_nothing_else(lab, tiny_t
         assert f"({what} was " in lab.fail(*run)[1]
         file.unlink() if was is None else file.write_bytes(was)
     with monkeypatch.context() as patch:
-        patch.setattr(runs.metadata, "version", lambda name: "0.1")
+        patch.setattr(settings.metadata, "version", lambda name: "0.1")
         assert "(version of torch was " in lab.fail(*run)[1]
         patch.undo()
-        patch.setattr(runs, "CODE", [ROOT / "loss.py", ROOT / "README.md"])
-        assert "(code of encode.py was " in lab.fail(*run)[1]
+        patch.setattr(settings, "CODE", [ROOT / "loss.py", ROOT / "README.md"])
+        assert "(code of gen_cot.py was " in lab.fail(*run)[1]
     lab.run(*run)
 
 
@@ -118,8 +118,8 @@ def test_options_of_vllm_that_decide_nothing_are_not_compared(lab):
     for length, dtype in (("1024", "half"), ("2048", "float")):
         args = parser.parse_args(["--engine-args", f"max_model_len={length}", f"dtype={dtype}"])
         args.grid = runs.choose_grid(args)
-        settings = runs.settings_of(args)
-        both.append({name: settings[name] for name in settings if name.startswith("vLLM")})
+        found = runs.settings_of(args)
+        both.append({name: found[name] for name in found if name.startswith("vLLM")})
     assert both == [{"vLLM dtype": "half"}, {"vLLM dtype": "float"}]
     out = ("gen_cot", "--model", TINY_SEED, "--out", lab.path / "out")
     assert "are for --engine vllm" in lab.fail(*out, "--engine-args", "a=1")[1]
@@ -173,7 +173,7 @@ def test_nothing_that_is_there_is_touched(lab):
     (path / "link").symlink_to(path / "mine")
     for name in ("b.part/thesis.tex", "c.part", "d.part/settings.json"):
         (path / name).write_text("{mine")
-    cases = {name: "is there already; choose" for name in ("mine", "link", "train.jsonl")}
+    cases = dict.fromkeys(("mine", "link", "train.jsonl"), "is there already; choose")
     cases |= {"b": "no run made it", "c": "no run made it", "d": "is broken", "e": "another process is"}
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
     with open(path / "e.part/lock", "ab") as held:

@@ -1,12 +1,12 @@
 """All that a first reader of the six scripts may skip; encode.py alone belongs to the first reading.
 
 encode.py       from a record to token ids, and which positions carry loss
-records.py      the JSONL record, its score grid and its checks
+records.py      the JSONL record and its score grid; checks.py: what is refused as a record
 prompt.py       the judge prompt for records that bring none
-models.py       load a model, add LoRA, refuse what this code can't follow; hub.py: where its files are
+models.py       load a model, run decoder and head; hub.py: where its files are; adapters.py: LoRA and others
 writing.py      write CoTs and read scores: sampling, cache, padding
 files.py        JSONL in, JSONL out, going on where it was cut off; the options of both scripts that write
-runs.py         what a run leaves behind, and how it ends
+runs.py         what a run leaves behind, and how it ends; settings.py: what decides its result
 pairs.py        pairs of responses, decided by scores that were given one by one
 ranks.py        several processes under torchrun
 vllm_engine.py  another engine in place of writing.py

@@ -26,6 +26,10 @@ ADAPTER = [*SMALL, "adapter_model.*", "tokenizer*", "*_tokens*", "chat_template*
 READ = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", "adapter_model.bin")  # of a model's folder
 
 
+def one_line(error: Exception, length: int = 200) -> str:
+    return " ".join(str(error).split())[:length]
+
+
 def resolve(name: str) -> str:
     """Return the hub id of an alias, the absolute path of a folder (adapters remember it), or the name."""
     return str(Path(name).resolve()) if Path(name).is_dir() else MODELS.get(name, name)
@@ -35,7 +39,7 @@ def refusal(name: str, error: Exception) -> InputError:
     """Say in one line why a model can't be loaded, and what to do."""
     from huggingface_hub import errors
 
-    text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    text = f"{type(error).__name__}: {one_line(error)}"
     known = f"known are {', '.join(MODELS)}; a private one needs `hf auth login`"
     absent = f"{name}: neither a folder nor on the hub ({known})"
     page = f"https://huggingface.co/{resolve(name)}"
@@ -93,9 +97,8 @@ def read(name: str, file: str, offline: bool = False) -> dict:
 def trained(name: str, offline: bool = False) -> dict:
     """Return the arguments of the training that made a model; {} without a run.json of this repository."""
     arguments = read(name, "run.json", offline).get("arguments")
-    if not isinstance(arguments, dict):
-        return {}
-    ours = all(isinstance(arguments.get(key), str) for key in ("grid", "suffix"))  # others write one, too
+    keys = ("grid", "suffix")  # others write a run.json, too
+    ours = isinstance(arguments, dict) and all(isinstance(arguments.get(key), str) for key in keys)
     return arguments if ours else {}
 
 
@@ -130,5 +133,5 @@ def identity(name: str | None) -> dict:
         return {}
     folder = folder_of(name, offline=True)
     if Path(name).is_dir():
-        return {path.name: sha256(path) for glob in READ for path in folder.glob(glob)}
+        return {path.name: sha256(path) for pattern in READ for path in folder.glob(pattern)}
     return {"name": resolve(name), "revision": folder.name if folder else None}

@@ -1,7 +1,6 @@
-"""Load a model and its tokenizer, add LoRA, refuse what this code can't follow. Skip this file at first."""
+"""Load a model and its tokenizer, run its decoder and head; refuse what these can't follow. Skip at first."""
 
 import os
-import warnings
 from pathlib import Path
 
 import torch
@@ -10,13 +9,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
+from tract.adapters import add_lora, load_adapter, merge
 from tract.encode import prompt_ids
-from tract.hub import base_of, folder_of, place_of, refusal, resolve
+from tract.hub import base_of, folder_of, one_line, place_of, refusal, resolve
 from tract.ranks import is_spread, refuse_dropout
 from tract.records import ROOT, Grid, InputError
 
-# peft still asks for a deprecated name; and missing adapter keys are an error here
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 logging.set_verbosity_error()  # its tracebacks and hints would bury our one line
 logging.disable_progress_bar()
 
@@ -35,10 +33,6 @@ def autocast(bf16: bool) -> torch.autocast:
 def has_bf16() -> bool:
     """Tell whether a GPU computes in bf16 itself; most CPUs do so slowly, so they get fp32."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def cant(name: str, what: str, error: Exception) -> InputError:
-    return InputError(f"{name}: {what} ({' '.join(str(error).split())[:200]})")
 
 
 def load_tokenizer(name: str):
@@ -62,8 +56,8 @@ def load_tokenizer(name: str):
 def check_ids(name: str, tokenizer, config) -> None:
     """Refuse token ids beyond the embeddings, but for added tokens that nothing ever writes."""
     added = tokenizer.added_tokens_decoder
-    used = [id for id in tokenizer.get_vocab().values() if id not in added] + prompt_ids(tokenizer, "a")
-    largest = max(*used, tokenizer.eos_token_id or 0, config.pad_token_id or 0)
+    largest = max(id for id in tokenizer.get_vocab().values() if id not in added)
+    largest = max(largest, *prompt_ids(tokenizer, "a"), tokenizer.eos_token_id or 0, config.pad_token_id or 0)
     if largest >= config.vocab_size:
         what = f"token {largest} is beyond the {config.vocab_size} embeddings of the model"
         raise InputError(f"{name}: {what}; give it the tokenizer and the pad_token_id that it came with")
@@ -73,43 +67,32 @@ def load_model(name: str, dtype: torch.dtype, trainable: bool = False):
     """Load a causal language model, or an adapter (in fp32) on its base, in eval mode. Raises InputError."""
     base = base_of(name)
     if base:
-        return load_adapter(name, load_model(base, dtype), trainable)
+        model = load_adapter(name, load_model(base, dtype), trainable)
+    else:
+        model = load_base(name, dtype)
+    try:
+        check_model(name, model)
+    except InputError:
+        raise
+    except Exception as error:  # models can raise anything
+        if base:
+            raise refusal(name, error) from None
+        what = "keeps more than keys and values; choose another model"
+        raise InputError(f"{name}: {what} ({one_line(error)})") from None
+    return model
+
+
+def load_base(name: str, dtype: torch.dtype):
+    """Load a model with all its weights. Raises InputError."""
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(resolve(name), **options)
         model = model.to(device()).eval()
     except Exception as error:  # transformers can raise anything
         raise refusal(name, error) from None
-    if missing := sorted(loaded["missing_keys"]):
+    missing = sorted(loaded["missing_keys"])
+    if missing:
         raise InputError(f"{name}: lacks weights ({', '.join(missing[:3])}); give a causal language model")
-    try:
-        check_model(name, model)
-    except (ValueError, IndexError, TypeError, AttributeError) as error:
-        raise cant(name, "keeps more than keys and values; choose another model", error) from None
-    return model
-
-
-def load_adapter(name: str, base, trainable: bool):
-    """Put an adapter on its base; refuse one that decoder and head alone do not follow. Raises InputError."""
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    try:
-        folder = place_of(name)
-        config = PeftConfig.from_pretrained(folder)
-        if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
-            what = f"its adapter ({config.peft_type.value}) depends on the prompt, or adds to it"
-            raise InputError(f"{name}: {what}; only one that changes layers, as LoRA, is followed")
-        if not any(Path(folder).glob("adapter_model.*")):
-            raise InputError(f"{name}: has no adapter_model.safetensors; get that, too")
-        model = PeftModel.from_pretrained(base, folder, is_trainable=trainable).eval()
-        if get_peft_model_state_dict(model).keys() != load_peft_weights(folder).keys():
-            raise ValueError("it does not fit its base")
-        check_model(name, model)
-    except Exception as error:  # peft can raise anything
-        raise refusal(name, error) from None
-    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
-        print(f"{name}: adapts the head; with --bf16 its scores are rounded to bf16, --fp32 is exact")
     return model
 
 
@@ -117,17 +100,18 @@ def load_adapter(name: str, base, trainable: bool):
 def check_model(name: str, model) -> None:
     """Raise an error where our head, padding or cache would give other logits than the model itself."""
     ids = torch.arange(1, 6, device=device())[None]
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]], device=device())
-    logits, cache = model(ids).logits[0], DynamicCache()
+    logits = model(ids).logits[0]
     if not logits.isfinite().all():
         raise InputError(f"{name}: its weights give logits that are not finite; get the files anew")
-    trained = head(model, model.get_decoder()(ids).last_hidden_state)[0]
-    if not torch.allclose(trained, logits, rtol=1e-2, atol=1e-2):
+    by_our_head = head(model, model.get_decoder()(ids).last_hidden_state)[0]
+    if not torch.allclose(by_our_head, logits, rtol=1e-2, atol=1e-2):
         raise InputError(f"{name}: scales or caps its logits after the head; choose another model")
-    decode(model, cache, F.pad(ids, (2, -1)), mask[:, :-1])
-    generated = head(model, decode(model, cache, ids[:, -1:], mask))[0, -1]
+    cache = DynamicCache()
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]], device=device())
+    decode(model, cache, F.pad(ids, (2, -1)), mask[:, :-1])  # two of padding, all but the last token
+    by_our_cache = head(model, decode(model, cache, ids[:, -1:], mask))[0, -1]
     close = 1e-2 if logits.dtype == torch.float32 else 0.05 * float(logits.abs().max())  # bf16 rounds
-    if not torch.allclose(generated, logits[-1], atol=close):
+    if not torch.allclose(by_our_cache, logits[-1], atol=close):
         raise ValueError("its logits differ where its text is padded and cached")
 
 
@@ -136,22 +120,22 @@ def decode(model, cache: DynamicCache, ids: Tensor, mask: Tensor) -> Tensor:
 
     mask (B, T + N) is 1 where there is text, in the cache and in `ids`; all padding is on the left.
     """
-    places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    options = {"attention_mask": mask, "position_ids": places, "past_key_values": cache, "use_cache": True}
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    options = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
     return model.get_decoder()(input_ids=ids, **options).last_hidden_state
 
 
 def score_tensors(score_ids: list[int], grid: Grid) -> dict[str, Tensor]:
     """Return the score tokens as the loss takes them: score_ids (S,) and score_values (S,)."""
-    ids, values = torch.tensor(score_ids, device=device()), torch.tensor(grid.values, device=device())
-    return {"score_ids": ids, "score_values": values}
+    values = torch.tensor(grid.values, device=device())
+    return {"score_ids": torch.tensor(score_ids, device=device()), "score_values": values}
 
 
-def head(model, hidden: Tensor) -> Tensor:
-    return model.get_output_embeddings()(hidden)  # (..., D) → (..., V)
+def head(model, hidden_states: Tensor) -> Tensor:
+    return model.get_output_embeddings()(hidden_states)  # (..., D) → (..., V)
 
 
-def score_logits(model, hidden: Tensor, score_ids: Tensor) -> Tensor:
+def score_logits(model, hidden_states: Tensor, score_ids: Tensor) -> Tensor:
     """Return the logits of positions that may predict a score, (..., D) → (..., V), in fp32.
 
     A logit near 30 has steps of .125 in bf16: likely scores would tie, and their expectation be blurred. So
@@ -159,15 +143,15 @@ def score_logits(model, hidden: Tensor, score_ids: Tensor) -> Tensor:
     the softmax, where the rounding of many averages out.
     """
     layer = model.get_output_embeddings()
-    logits = layer(hidden)
+    logits = layer(hidden_states)
     if logits.dtype == torch.float32 or not isinstance(layer, torch.nn.Linear):  # a wrapped one is more
         return logits.float()
     logits = logits.float()
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
         weight = layer.weight[score_ids].float()  # (S, D)
         bias = None if layer.bias is None else layer.bias[score_ids].float()
         # .data: the values alone are replaced, the gradient goes through the product above
-        logits.data[..., score_ids] = F.linear(hidden.float(), weight, bias)
+        logits.data[..., score_ids] = F.linear(hidden_states.float(), weight, bias)
     return logits
 
 
@@ -179,10 +163,12 @@ def load_for_training(name: str, lora_rank: int | None, checkpointing: bool, bf1
     """
     model = load_model(name, torch.bfloat16 if lora_rank and bf16 else torch.float32, trainable=True)
     is_adapter = hasattr(model, "peft_config")
-    if lora_rank is None:
-        model = (merge(name, model) if is_adapter else model).requires_grad_(True)
-    elif not is_adapter:
+    if lora_rank is None and is_adapter:
+        model = merge(name, model)
+    if lora_rank is not None and not is_adapter:
         model = add_lora(model, lora_rank)
+    if lora_rank is None:
+        model.requires_grad_(True)
     for weight in model.parameters():
         if weight.requires_grad:  # an adapter folder may train whole layers, too, or biases
             weight.data = weight.data.float()
@@ -196,31 +182,16 @@ def load_for_training(name: str, lora_rank: int | None, checkpointing: bool, bf1
     return model.train()
 
 
-def merge(name: str, model):
-    """Add an adapter to the weights of its base. Raises InputError where that would change others, too."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    changed = any(p.requires_grad for module in ends for p in module.parameters())
-    if changed and model.config.get_text_config().tie_word_embeddings:
-        raise InputError(f"{name}: changes the head or the embeddings, which are tied; train it with --lora")
-    try:
-        return model.merge_and_unload()
-    except Exception as error:  # not all types can
-        raise cant(name, "its adapter can't be merged; train it with --lora", error) from None
-
-
 def print_memory(model) -> None:
     """Print what training takes for sure on this device, and what the device has."""
-    own = [(p.to_local() if is_spread(p) else p, p.requires_grad) for p in model.parameters()]
-    takes = sum(p.numel() * (p.element_size() + 12 * trained) for p, trained in own)
-    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    has = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else has
+    takes = 0
+    for weight in model.parameters():
+        here = weight.to_local() if is_spread(weight) else weight
+        bytes_each = here.element_size() + (12 if weight.requires_grad else 0)  # gradient and two moments
+        takes += here.numel() * bytes_each
+    if torch.cuda.is_available():
+        has = torch.cuda.mem_get_info()[1]
+    else:
+        has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     print(f"memory: weights, gradients and AdamW take {takes / 2**30:.2f} GiB, activations more;", end=" ")
     print(f"{device()} has {has / 2**30:.2f} GiB (bench/memory.py estimates the whole)")
-
-
-def add_lora(model, rank: int):
-    """Add fp32 adapters to all linear layers but the head, scaled by 2 (LLaMA-Factory); freeze the rest."""
-    from peft import LoraConfig, get_peft_model
-
-    sizes = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0}
-    return get_peft_model(model, LoraConfig(**sizes, target_modules="all-linear", task_type="CAUSAL_LM"))

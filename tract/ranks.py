@@ -1,11 +1,14 @@
 """Train in several processes under torchrun; in one, nothing here does anything. Skip this file at first.
 
-Every process (rank) takes its share of each window. Losses and gradients are divided by the whole window's
-tokens and sequences: their sum over the ranks is what one process would have. Every rank holds the whole
-model, or with --fsdp its share of the blocks' weights, gradients and AdamW (FSDP2, arXiv 2304.11277).
+Every process (rank) takes its share of each step. Losses and gradients are divided by the whole step's tokens
+and sequences: their sum over the ranks is what one process would have. Every rank holds the whole model, or
+with --fsdp its share of the blocks' weights, gradients and AdamW (FSDP2, arXiv 2304.11277).
+
+A training loop needs join, micro_batches, add_up with gradients, and clip; what saves and loads, the others.
 """
 
 import atexit
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -33,18 +36,11 @@ def launched() -> bool:
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if launched() else 0
 
 
-def refuse_dropout(name: str, model) -> None:
-    """Refuse dropout in several ranks: all would draw the same numbers. Raises InputError."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    for module in model.modules() if ranks > 1 else ():
-        for field, x in vars(module).items():
-            named = "drop" in field or isinstance(module, torch.nn.Dropout)
-            if named and isinstance(x, float) and x > 0:
-                remedy = "set all that holds 'drop' in its config.json, or adapter_config.json, to 0"
-                raise InputError(f"{name}: several processes would draw the same dropout; {remedy}")
+def world_size() -> int:
+    return dist.get_world_size() if launched() else 1
 
 
 def micro_batches(examples: list, size: int) -> Iterator[list]:
@@ -52,19 +48,69 @@ def micro_batches(examples: list, size: int) -> Iterator[list]:
 
     Where a rank has none left, that is the first example without supervised positions: it adds nothing.
     """
-    if not dist.is_initialized():
-        yield from (examples[i : i + size] for i in range(0, len(examples), size))
-        return
-    n_ranks = dist.get_world_size()
-    share = examples[rank() :: n_ranks]
+    share = examples[rank() :: world_size()]
+    largest_share = math.ceil(len(examples) / world_size())
     idle = examples[0]._replace(start=len(examples[0].ids))
-    for i in range(0, -(-len(examples) // n_ranks), size):
-        yield share[i : i + size] or [idle]
+    for start in range(0, largest_share, size):
+        yield share[start : start + size] or [idle]
 
 
-def is_spread(x) -> bool:
-    """Tell whether x is a DTensor, of which this rank holds its share, without a second's import of it."""
-    return hasattr(x, "full_tensor")
+def add_up(tensors: list[Tensor]) -> None:
+    """Add up tensors over all ranks, in place."""
+    if launched():
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+
+
+def gradients(model) -> list[Tensor]:
+    """Return the gradients that every rank has as a whole; FSDP adds up the others by itself."""
+    found = []
+    for weight in model.parameters():
+        if weight.requires_grad and not is_spread(weight):
+            if weight.grad is None and launched():  # as the head's, on a rank that had no example
+                weight.grad = torch.zeros_like(weight)  # for all have to add up the same
+            if weight.grad is not None:
+                found.append(weight.grad)
+    return found
+
+
+def clip(model, largest: float) -> Tensor:
+    """Scale gradients down to a norm of at most `largest`; returns what it was, over all ranks."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    shares = [p.grad.to_local() for p in parameters if is_spread(p.grad)]
+    if not shares:
+        return torch.nn.utils.clip_grad_norm_(parameters, largest)
+    square = torch.nn.utils.get_total_norm(shares).square()
+    add_up([square])
+    norm = (square + torch.nn.utils.get_total_norm(gradients(model)).square()).sqrt()
+    for gradient in shares + gradients(model):
+        gradient.mul_((largest / (norm + 1e-6)).clamp(max=1))
+    return norm
+
+
+def wait() -> None:
+    """Wait until all ranks are here."""
+    if launched():
+        dist.barrier()
+
+
+def anyone(wants: bool) -> bool:
+    """Tell all ranks whether one of them wants something, to stop for instance."""
+    votes = torch.tensor([float(wants)], device="cuda" if torch.cuda.is_available() else "cpu")
+    add_up([votes])
+    return bool(votes)
+
+
+def refuse_dropout(name: str, model) -> None:
+    """Refuse dropout in several ranks: all would draw the same numbers. Raises InputError."""
+    if world_size() == 1:
+        return
+    for module in model.modules():
+        for field, value in vars(module).items():
+            is_dropout = "drop" in field or isinstance(module, torch.nn.Dropout)
+            if is_dropout and isinstance(value, float) and value > 0:
+                remedy = "set all that holds 'drop' in its config.json, or adapter_config.json, to 0"
+                raise InputError(f"{name}: several processes would draw the same dropout; {remedy}")
 
 
 def spread(model) -> None:
@@ -73,11 +119,16 @@ def spread(model) -> None:
 
     decoder = model.get_decoder()
     blocks = max((x for x in decoder.children() if isinstance(x, torch.nn.ModuleList)), key=len)
-    rest = {*model.parameters()} - {*blocks.parameters()}
+    rest = set(model.parameters()) - set(blocks.parameters())
     for module in (*blocks, decoder):  # the decoder has no weights of its own left; it fetches a block ahead
         fully_shard(module, ignored_params=rest)
-        module.set_gradient_divide_factor(1.0)  # a sum: losses are divided by the whole window's tokens
+        module.set_gradient_divide_factor(1.0)  # a sum: losses are divided by the whole step's tokens
         module.set_force_sum_reduction_for_comms(True)
+
+
+def is_spread(x) -> bool:
+    """Tell whether x is a DTensor, of which this rank holds its share, without a second's import of it."""
+    return hasattr(x, "full_tensor")
 
 
 def together(state):
@@ -97,43 +148,3 @@ def spread_like(other: Tensor, whole: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole, other.device_mesh, other.placements, src_data_rank=None)
-
-
-def gradients(model) -> list[Tensor]:
-    """Return the gradients that every rank has of its own; FSDP adds up the others by itself."""
-    return [p.grad for p in model.parameters() if p.grad is not None and not is_spread(p.grad)]
-
-
-def clip(model, largest: float) -> Tensor:
-    """Scale gradients down to a norm of at most `largest`; returns what it was, over all ranks."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    parts = [p.grad.to_local() for p in parameters if is_spread(p.grad)]
-    if not parts:
-        return torch.nn.utils.clip_grad_norm_(parameters, largest)
-    whole, norm_of = gradients(model), torch.nn.utils.get_total_norm
-    square = norm_of(parts).square()
-    add_up([square])
-    norm = (square + norm_of(whole).square()).sqrt()
-    for gradient in parts + whole:
-        gradient.mul_((largest / (norm + 1e-6)).clamp(max=1))
-    return norm
-
-
-def add_up(tensors: list[Tensor]) -> None:
-    """Add up tensors over all ranks, in place."""
-    if dist.is_initialized():
-        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            work.wait()
-
-
-def anyone(wants: bool) -> bool:
-    """Tell all ranks whether one of them wants something, to stop for instance."""
-    votes = torch.tensor([float(wants)], device="cuda" if torch.cuda.is_available() else "cpu")
-    add_up([votes])
-    return bool(votes)
-
-
-def wait() -> None:
-    """Wait until all ranks are here."""
-    if dist.is_initialized():
-        dist.barrier()

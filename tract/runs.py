@@ -14,23 +14,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import IO
 
 from tqdm import tqdm
 
 from tract import hub
-from tract.hub import read_json, sha256
+from tract.hub import read_json
 from tract.records import ROOT, Grid, InputError
+from tract.settings import arguments, settings_of, versions
 
 GO_ON = "what was finished is kept; mend it and give the same command to go on"
 PASSING = {"lock", "settings.json", "settings.json.tmp", "state.pt"}  # what OUT.part has and OUT has not
-LIBRARIES = ("torch", "transformers", "tokenizers", "peft")
-CODE = [*ROOT.glob("[!e]*.py"), *ROOT.glob("tract/*.*")]  # what decides results, as eval.py does not
-FREE = {"out", "dry_run", "save_every", "model", "engine_args"}  # do not decide, or not by themselves
-FREE_OF_VLLM = {"max_model_len", "gpu_memory_utilization", "tensor_parallel_size", "pipeline_parallel_size"}
-FREE_OF_VLLM |= {"max_num_seqs", "max_num_batched_tokens", "max_lora_rank", "swap_space", "cpu_offload_gb"}
 
 
 class Fault(Exception):
@@ -44,8 +39,10 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (InputError, Fault, OSError, KeyboardInterrupt) as error:
-        kept = f"; {GO_ON}" if isinstance(error, OSError) else ""
-        print(f"{str(error) or 'interrupted; the same command goes on'}{kept}", file=sys.stderr)
+        said = str(error) or "interrupted; the same command goes on"
+        if isinstance(error, OSError):
+            said += f"; {GO_ON}"
+        print(said, file=sys.stderr)
         raise SystemExit({InputError: 2, KeyboardInterrupt: 130}.get(type(error), 1)) from None
 
 
@@ -75,53 +72,47 @@ def write_whole(path: str | Path, content: str | Callable[[IO], None]) -> None:
 
 def write_run(path: Path, args: argparse.Namespace, settings: dict, started: float, **facts) -> None:
     """Write run.json: what was asked, on which files, with which versions, and what came out (`facts`)."""
-    git = None
+    commit = None
     if shutil.which("git"):
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    run = {"script": Path(sys.argv[0]).name, "git_commit": (git or "").strip() or None}
-    run |= {name: metadata.version(name) for name in LIBRARIES}
-    run |= {"python": platform.python_version(), "wall_seconds": round(time.time() - started, 1)}
-    run |= {"arguments": vars(args) | {"grid": str(args.grid), "suffix": args.grid.suffix}}
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = git.stdout.strip() or None
     inputs = ("model ", "base ", "data", "valid")
-    run |= {"inputs": {name: x for name, x in settings.items() if name.startswith(inputs)}}
-    write_whole(path, json.dumps(run | facts, indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def settings_of(args: argparse.Namespace) -> dict:
-    """Return all that decides a run's result: options, files by their contents, versions, this code."""
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    settings |= {"grid": str(args.grid), "suffix": args.grid.suffix}
-    settings |= {name: sha256(settings[name]) for name in ("data", "valid") if settings.get(name)}
-    groups = {"model": hub.identity(args.model), "base": hub.identity(hub.base_of(args.model))}
-    groups["vLLM"] = {key: x for key, x in getattr(args, "engine_args", []) if key not in FREE_OF_VLLM}
-    groups["version of"] = {name: metadata.version(name) for name in LIBRARIES}
-    groups["code of"] = {path.name: sha256(path) for path in CODE}
-    for group, entries in groups.items():
-        settings |= {f"{group} {name}": value for name, value in entries.items()}
-    return json.loads(json.dumps(settings, default=str))
+    run = {
+        "script": Path(sys.argv[0]).name,
+        "git_commit": commit,
+        **versions(),
+        "python": platform.python_version(),
+        "wall_seconds": round(time.time() - started, 1),
+        "arguments": arguments(args),
+        "inputs": {name: value for name, value in settings.items() if name.startswith(inputs)},
+        **facts,
+    }
+    write_whole(path, json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def begin(args: argparse.Namespace) -> tuple[Path, dict, IO]:
     """Make OUT.part, or go on with it if it holds this very run; returns it, its settings and its lock."""
-    part, settings = Path(f"{args.out}.part"), settings_of(args)
-    begun, lock = part / "settings.json", part / "lock"
-    names = {path.name for path in part.glob("*")}  # none where there is no folder
-    if part.is_file() or (names - PASSING and not begun.is_file()):
+    part = Path(f"{args.out}.part")
+    settings = settings_of(args)
+    settings_file = part / "settings.json"
+    foreign = {path.name for path in part.glob("*")} - PASSING  # empty where there is no folder
+    if part.is_file() or (foreign and not settings_file.is_file()):
         raise InputError(f"{part}: is there already and no run made it; choose another --out")
     part.mkdir(parents=True, exist_ok=True)
-    held = open(lock, "ab")
+    lock = open(part / "lock", "ab")
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"{lock}: another process is writing this output; wait, or choose another") from None
+        what = "another process is writing this output; wait, or choose another"
+        raise InputError(f"{lock.name}: {what}") from None
     check_out(args)  # again, for another process may have finished it
-    before = read_json(begun) or settings
-    for key in before | settings:
-        if before.get(key) != settings.get(key):
-            what = f"{key} was {before.get(key)!s:.40}, is {settings.get(key)!s:.40}"
+    earlier = read_json(settings_file) or settings
+    for key in earlier | settings:
+        if earlier.get(key) != settings.get(key):
+            what = f"{key} was {earlier.get(key)!s:.40}, is {settings.get(key)!s:.40}"
             raise InputError(f"{part}: begun with other settings ({what}); go back to them, or remove it")
-    write_whole(begun, json.dumps(settings))
-    return part, settings, held
+    write_whole(settings_file, json.dumps(settings))
+    return part, settings, lock
 
 
 def finish(part: Path, out: Path) -> None:
@@ -156,30 +147,34 @@ def number(kind: type, low: float, high: float = 1e300) -> Callable[[str], float
     return parse
 
 
-COUNT, SEED = number(int, 1), number(int, 0, 2**32 - 1)
-WEIGHT, SHARE = number(float, 0), number(float, 0, 1)
+COUNT = number(int, 1)
+SEED = number(int, 0, 2**32 - 1)
+WEIGHT = number(float, 0)
+SHARE = number(float, 0, 1)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, bf16: bool) -> None:
     """Add the options that mean the same in every script that runs a model; `bf16` is the default."""
     group = parser.add_argument_group("common")
-    add, precision = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    add = group.add_argument
     add("--grid", help="1,2,3,4,5 or token=value pairs, 1=0,3=50,5=100; None: the checkpoint's, else 1 to 5")
     add("--suffix", help="words between CoT and score; None: the checkpoint's or 'So the overall score is'")
     add("--max-length", type=COUNT, default=3000, help="tokens; longer records are left out, and counted")
     add("--seed", type=SEED, default=0, help="random seed")
+    add = group.add_mutually_exclusive_group().add_argument
     parser.set_defaults(bf16=bf16)
-    quiet = {"dest": "bf16", "default": argparse.SUPPRESS}  # the help of the first names the default of both
+    both = {"dest": "bf16", "default": argparse.SUPPRESS}  # the help of the first names the default of both
     where = "the default on a GPU that has it, else --fp32; new CPUs do it fast, too"
-    precision("--bf16", action="store_true", **quiet, help=f"compute in bf16: {where}")
-    precision("--fp32", action="store_false", **quiet, help="compute in fp32")
+    add("--bf16", action="store_true", **both, help=f"compute in bf16: {where}")
+    add("--fp32", action="store_false", **both, help="compute in fp32")
 
 
 def choose_grid(args: argparse.Namespace) -> Grid:
     """Return the grid asked for, else the checkpoint's or the default. Raises InputError."""
     made = hub.trained(args.model)
     default = Grid.parse(made["grid"], made["suffix"]) if made else Grid()
-    grid = Grid.parse(args.grid or str(default), default.suffix if args.suffix is None else args.suffix)
+    suffix = default.suffix if args.suffix is None else args.suffix
+    grid = Grid.parse(args.grid or str(default), suffix)
     if made and grid != default:
         was = f"{args.model} was trained on {default} after '{default.suffix.strip()}'"
         raise InputError(f"--grid or --suffix: {was}; leave both away")
@@ -188,12 +183,12 @@ def choose_grid(args: argparse.Namespace) -> Grid:
 
 def progress(total: int, done: int, label: str, unit: str, quiet: bool = False) -> tqdm:
     """Open a progress bar with rate and time left; into a log it writes every ten seconds."""
-    seconds = 0.1 if sys.stderr.isatty() else 10
-    how = {"mininterval": seconds, "dynamic_ncols": True, "disable": quiet}
-    return tqdm(total=total, initial=done, desc=label, unit=unit, **how)
+    options = {"dynamic_ncols": True, "disable": quiet, "mininterval": 0.1 if sys.stderr.isatty() else 10}
+    return tqdm(total=total, initial=done, desc=label, unit=unit, **options)
 
 
 def report(ids: Iterable[str], what: str, unit: str = "records") -> None:
     """Print the number of affected records and the first five ids."""
-    if ids := sorted(ids):
+    ids = sorted(ids)
+    if ids:
         print(f"{len(ids)} {unit} {what}: {', '.join(ids[:5])}{', …' if len(ids) > 5 else ''}")

@@ -27,30 +27,34 @@ class Engine:
         except ImportError as error:
             remedy = "pip install vllm, in an environment of its own, then requirements.txt without torch"
             raise InputError(f"--engine vllm: {error}; {remedy}") from None
-        base, self.adapter = hub.base_of(name), None
+        base = hub.base_of(name)
+        self.adapter = None
         if base:
             config = hub.read(name, "adapter_config.json")
-            ranks = [config.get("r", 0), *config.get("rank_pattern", {}).values()]
-            room = [rank for rank in LORA_RANKS if rank >= max(ranks)]
-            if config.get("peft_type") != "LORA" or not room:
+            rank = max(config.get("r", 0), *config.get("rank_pattern", {}).values(), 0)
+            rooms = [room for room in LORA_RANKS if room >= rank]
+            if config.get("peft_type") != "LORA" or not rooms:
                 raise InputError(f"{name}: vLLM takes LoRA of rank 512 or less; use --engine torch")
-            options = {"enable_lora": True, "max_lora_rank": room[0]} | options
+            options = {"enable_lora": True, "max_lora_rank": rooms[0]} | options
             self.adapter = LoRARequest("adapter", 1, hub.place_of(name))
-        own = {"dtype": "bfloat16" if bf16 else "float32", "tokenizer": tokenizer.name_or_path}
-        own |= {"hf_overrides": {"head_dtype": "float32"}}  # bf16 would round the logits of the scores
+        defaults = {
+            "dtype": "bfloat16" if bf16 else "float32",
+            "tokenizer": tokenizer.name_or_path,
+            "hf_overrides": {"head_dtype": "float32"},  # bf16 would round the logits of the scores
+        }
         try:
-            self.llm = LLM(model=hub.resolve(base or name), **own | options)
+            self.llm = LLM(model=hub.resolve(base or name), **defaults | options)
         except Exception as error:  # vLLM can raise anything
             raise hub.refusal(f"--engine vllm: {name}", error) from None
         limit = self.llm.llm_engine.model_config.max_model_len - 1  # which it has to be left to write
         tokenizer.positions = min(tokenizer.positions, limit)
 
     def run(self, texts: list[list[int]], params) -> list:
-        texts = [{"prompt_token_ids": ids} for ids in texts]
+        prompts = [{"prompt_token_ids": ids} for ids in texts]
         try:
-            return self.llm.generate(texts, params, lora_request=self.adapter, use_tqdm=False)
+            return self.llm.generate(prompts, params, lora_request=self.adapter, use_tqdm=False)
         except ValueError as error:
-            raise InputError(f"--engine vllm: {' '.join(str(error).split())[:200]}") from None
+            raise InputError(f"--engine vllm: {hub.one_line(error)}") from None
 
     def write(self, judge, prompts: list[list[int]], names: list[str], args) -> Iterator[tuple]:
         """Sample a CoT for each name, as gen_cot.write does, but yield no scores with it."""
@@ -58,8 +62,9 @@ class Engine:
 
         room = judge.tokenizer.positions - len(judge.suffix_ids) - 2  # suffix and score still have to fit
         texts = [prompts[row // args.num_cots] for row in range(len(names))]
-        params = [
-            SamplingParams(
+        params = []
+        for name, text in zip(names, texts, strict=True):
+            settings = SamplingParams(
                 temperature=args.temperature,
                 top_p=args.top_p,
                 repetition_penalty=args.repetition_penalty,
@@ -68,20 +73,20 @@ class Engine:
                 include_stop_str_in_output=True,
                 seed=int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]),
             )
-            for name, text in zip(names, texts, strict=True)
-        ]
-        for row, found in enumerate(self.run(texts, params)):
-            yield row, list(found.outputs[0].token_ids), None
+            params.append(settings)
+        for row, answer in enumerate(self.run(texts, params)):
+            yield row, list(answer.outputs[0].token_ids), None
 
     def score(self, judge, texts: list[list[int]]) -> list[Rail]:
         """Read the score distribution after each text, over the whole vocabulary, as predict.score does."""
         from vllm import SamplingParams
 
-        ids, found = judge.scores["score_ids"].tolist(), []
+        ids = judge.scores["score_ids"].tolist()
         params = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=ids)
-        for output in self.run(texts, params):
-            logprobs = output.outputs[0].logprobs[0]
+        rails = []
+        for answer in self.run(texts, params):
+            logprobs = answer.outputs[0].logprobs[0]
             probs = [math.exp(logprobs[id].logprob) for id in ids]
-            expected = sum(p * v for p, v in zip(probs, judge.grid.values, strict=True))
-            found.append(Rail(expected, 1 - sum(probs), probs))
-        return found
+            expected = sum(p * value for p, value in zip(probs, judge.grid.values, strict=True))
+            rails.append(Rail(expected, 1 - sum(probs), probs))
+        return rails

@@ -24,7 +24,7 @@ from data.prepare_helpers import (
     write_records,
 )
 from tract import runs
-from tract.records import is_number
+from tract.checks import is_number
 
 
 def as_list(value: Any) -> list:
