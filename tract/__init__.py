@@ -4,7 +4,7 @@ encode.py       from a record to token ids, and which positions carry loss
 records.py      the JSONL record, its score grid and its checks
 prompt.py       the judge prompt for records that bring none
 models.py       load a model, add LoRA, refuse what this code can't follow; hub.py: where its files are
-writing.py      write CoTs and read scores: sampling, cache, padding
+writing.py      write CoTs and read scores: the loop, sampling; batch.py: its cache and padding
 files.py        JSONL in, JSONL out, going on where it was cut off; the options of both scripts that write
 runs.py         what a run leaves behind, and how it ends
 pairs.py        pairs of responses, decided by scores that were given one by one
