@@ -19,10 +19,10 @@ from memory import SHAPES, estimate, random_step
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import gen_cot
 import stage1_train
 from results.tables import table
 from tract import models, runs
+from tract.batch import read_prompts
 
 PROMPT, COT, EPOCHS = 1200, 130, 2  # tokens, tokens, passes over the data in each stage
 FLOPS, BANDWIDTH = 989e12, 3.35e12  # of an H100 SXM a second, in bf16, by its data sheet
@@ -150,7 +150,7 @@ def time_writing(config, prompt: int, cot: int) -> float:
     """Return the median seconds of a token of 8 CoTs that are written at a time."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(models.device()).eval()
-    batch = gen_cot.read_prompts(model, torch.randint(10, config.vocab_size, (8, prompt)).tolist())
+    batch = read_prompts(model, torch.randint(10, config.vocab_size, (8, prompt)).tolist())
     mask, ids, seconds = batch.mask, batch.ids[:, -1:], []
     with torch.inference_mode():
         for _ in range(cot):

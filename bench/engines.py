@@ -21,20 +21,18 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import gen_cot
-import predict
 from results.tables import table
 from tract import runs
 from tract.encode import prefix_ids, prompt_ids
+from tract.files import make_parser, setting
 from tract.records import Grid, read_records
+from tract.writing import load_judge, score, write_cots
 
 
 def drive(args) -> dict:
     """Do all three tasks with one engine; returns what came out and the seconds of each."""
     records = read_records(args.data, args.grid, ("id", "prompt", "cot", "score"))[: args.records]
-    vllm = dict(args.engine_args) if args.drive == "vllm" else None
-    judge = gen_cot.load_judge(args.model, args.grid, False, vllm)
-    score = judge.model.score if vllm is not None else predict.score
+    judge = load_judge(args.model, args.grid, False, args.drive, args.engine_args)
     prompts = [prompt_ids(judge.tokenizer, r["prompt"]) for r in records]
     given = zip(prompts, records, strict=True)
     given = [prefix_ids(judge.tokenizer, ids, r["cot"], args.grid) for ids, r in given]
@@ -42,11 +40,13 @@ def drive(args) -> dict:
     def write(temperature: float, n: int) -> list[dict]:
         options = [f"--temperature={temperature}", f"--max-new-tokens={args.max_new_tokens}"]
         options += [f"--engine={args.drive}", "--num-cots=1"]
-        how = gen_cot.make_parser("", args.model, "", "").parse_args(options)
-        cots = [cot for (cot,) in gen_cot.write_cots(judge, records[:n], prompts[:n], how, how.batch_size)]
-        fresh = iter(score(judge, [cot.ids for cot in cots if cot.scores is None]))
-        scores = [cot.scores or next(fresh) for cot in cots]
-        return [{"cot": c.text, "expected": s.expected} for c, s in zip(cots, scores, strict=True)]
+        settings = make_parser("", args.model, "", "").parse_args(options)
+        written = write_cots(judge, records[:n], prompts[:n], settings, settings.batch_size)
+        cots = [cot for (cot,) in written]
+        unread = [cot for cot in cots if cot.scores is None]
+        for cot, scores in zip(unread, score(judge, [cot.ids for cot in unread]), strict=True):
+            cot.scores = scores
+        return [{"cot": cot.text, "expected": cot.scores.expected} for cot in cots]
 
     tasks = {
         "given CoTs": lambda: [rail.probs for rail in score(judge, given)],
@@ -89,7 +89,7 @@ def main() -> None:
     add("--max-new-tokens", type=runs.COUNT, default=100, help="tokens of a CoT")
     # On a CPU vLLM 0.32 can't take seeds where it reads prompts in chunks
     given = ["max_model_len=1024", "gpu_memory_utilization=0.2", "enable_chunked_prefill=false"]
-    add("--engine-args", nargs="+", type=gen_cot.option, default=[*map(gen_cot.option, given)])
+    add("--engine-args", nargs="+", type=setting, default=[*map(setting, given)])
     add("--drive", choices=("torch", "vllm"), help=argparse.SUPPRESS)
     add("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

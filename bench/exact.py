@@ -21,12 +21,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from memory import peak_of
 
-import predict
 import stage1_train
-from gen_cot import load_judge
 from loss import cot_raft_loss, rail
 from results.tables import table
-from tract import models, runs
+from tract import models, runs, writing
 from tract.encode import encode, prefix_ids, prompt_ids
 from tract.records import Grid, read_records
 
@@ -56,8 +54,8 @@ def hidden_states(judge, texts: list[list[int]]) -> torch.Tensor:
         seen.append(hidden)
         return models.head(model, hidden)
 
-    with patch.object(predict, "score_logits", note):
-        predict.score(judge, texts)
+    with patch.object(writing, "score_logits", note):
+        writing.score(judge, texts)
     return torch.cat(seen)
 
 
@@ -65,7 +63,7 @@ def compare(args, records: list[dict], grid: Grid) -> None:
     """Print the table of how far each way is from fp32."""
     found = {}  # name → p(score), (n, S)
     for bf16, heads in ((False, {"fp32 throughout": in_bf16}), (True, HEADS)):
-        judge = load_judge(args.model, grid, bf16)
+        judge = writing.load_judge(args.model, grid, bf16)
         prompts = [prompt_ids(judge.tokenizer, record["prompt"]) for record in records]
         pairs = zip(prompts, records, strict=True)
         texts = [prefix_ids(judge.tokenizer, prompt, record["cot"], grid) for prompt, record in pairs]
@@ -85,7 +83,7 @@ def compare(args, records: list[dict], grid: Grid) -> None:
 
 def price(args, records: list[dict], grid: Grid) -> None:
     """Print time and memory of a training step and of reading scores, as ratios to the head in bf16."""
-    judge = load_judge(args.model, grid, True)
+    judge = writing.load_judge(args.model, grid, True)
     score_ids = judge.scores["score_ids"].tolist()
     examples = [encode(judge.tokenizer, r, grid, score_ids) for r in records[:4]]
     texts = [list(e.ids[: e.score_position]) for e in examples]
@@ -101,13 +99,13 @@ def price(args, records: list[dict], grid: Grid) -> None:
         hidden.backward(rows.grad)
         model.zero_grad()
 
-    tasks, rows = {"training step": step, "reading scores": lambda: predict.score(judge, texts)}, []
+    tasks, rows = {"training step": step, "reading scores": lambda: writing.score(judge, texts)}, []
     for name, task in tasks.items():
         seconds, peaks = {}, {}
         for head in [in_bf16, models.score_logits] * (args.rounds + 1):
             with (
                 patch.object(stage1_train, "score_logits", head),
-                patch.object(predict, "score_logits", head),
+                patch.object(writing, "score_logits", head),
             ):
                 started = time.perf_counter()
                 task()

@@ -78,11 +78,14 @@ def dictate(data: Path, num_cots: int) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    import gen_cot
+    try:
+        from tract import writing
+    except ImportError:  # a checkout from before there was one
+        import gen_cot as writing
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny/seed")
     cots = {r["id"]: r["cot"] for r in map(json.loads, data.read_text("utf-8").splitlines())}
-    names, row_of, real = list(cots), {}, gen_cot.sample
+    names, row_of, real = list(cots), {}, writing.sample
     written = torch.zeros(len(names) * num_cots * MOST, dtype=torch.long)
     for i, k in itertools.product(range(len(names)), range(num_cots)):
         row = row_of[f"0/{names[i]}/{k}"] = i * num_cots + k
@@ -94,8 +97,8 @@ def dictate(data: Path, num_cots: int) -> None:
         real(logits, so_far, torch.full_like(uniform, 0.5), *args, **options)
         return written[uniform.long()]
 
-    gen_cot.sample = sample
-    gen_cot.random_numbers = lambda name, n: row_of[name] * MOST + torch.arange(n, dtype=torch.float64)
+    writing.sample = sample
+    writing.random_numbers = lambda name, n: row_of[name] * MOST + torch.arange(n, dtype=torch.float64)
 
 
 def drive(script: str, data: Path, *arguments: str) -> None:

@@ -7,9 +7,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-import gen_cot
 import stage1_train
-from tract import models
+from tract import batch, models, writing
 
 GPU = torch.device("cpu", 0)
 # These may have tensors of both: an index, what is copied, what is assigned, what asks whether it can be
@@ -51,7 +50,7 @@ CASES = [("--accumulation 2", "--bf16"), ("--lora --gradient-checkpointing", "--
 @pytest.mark.parametrize("options, precision", CASES)
 def test_no_tensor_is_left_behind(options, precision, lab, monkeypatch):
     """Train, evaluate, and judge, where rows leave the batch and others join it."""
-    for module in (models, gen_cot, stage1_train):
+    for module in (models, batch, writing, stage1_train):
         monkeypatch.setattr(module, "device", lambda: GPU)
     data, few = lab.write("train.jsonl", lab.rows[:16]), lab.write("few.jsonl", lab.rows[:3])
     with Apart() as devices:

@@ -9,12 +9,12 @@ import torch
 import gen_cot
 import predict
 import stage1_train
-from gen_cot import Judge, load_judge, sample
 from loss import Rail, rail
-from tract import models
+from tract import batch, files, models, writing
 from tract.encode import prefix_ids, prompt_ids, target_ids
 from tract.models import TINY_SEED
 from tract.records import SUFFIX, Grid
+from tract.writing import Judge, load_judge, sample
 
 GRID, COT = Grid(), "The answer is good."
 PROMPTS = ["Is it good?", "Is this a much longer prompt, so that others are padded on the left?", "Why?"]
@@ -23,7 +23,7 @@ ROWS = [{"id": f"r{i}", "prompt": prompt, "cot": COT} for i, prompt in enumerate
 
 def how(**more):
     """Return the paper's options, but for those that are given."""
-    return SimpleNamespace(**vars(gen_cot.make_parser("", "", "", "").parse_args([])) | more)
+    return SimpleNamespace(**vars(files.make_parser("", "", "", "").parse_args([])) | more)
 
 
 @torch.no_grad()
@@ -52,8 +52,8 @@ POSITIONS = {"mistral_tokenizer": 999, "gpt2_tokenizer": 999, "tiny_tokenizer": 
 @pytest.mark.parametrize("name", POSITIONS)
 def test_scores_of_cots_without_suffix_and_of_given_ones(name, request, lab, monkeypatch):
     """Write random CoTs, which mostly tokenise to other ids; the last tokenizer's fill all positions."""
-    monkeypatch.setattr(gen_cot, "READ", 40)
-    monkeypatch.setattr(predict, "READ", 40)
+    monkeypatch.setattr(batch, "READ", 40)
+    monkeypatch.setattr(writing, "READ", 40)
     model = lab.checkpoint(request.getfixturevalue(name), max_position_embeddings=POSITIONS[name])
     judge, data = load_judge(str(model), GRID, False), lab.write("test.jsonl", ROWS)
     own = judged(lab, judge, data, "--num-cots", 3, "--max-new-tokens", 30)
@@ -77,7 +77,7 @@ def test_in_bf16_no_logit_of_a_score_is_rounded(lab, monkeypatch):
 
         return looking
 
-    for module, name in ((stage1_train, "cot_raft_loss"), (gen_cot, "rail"), (predict, "rail")):
+    for module, name in ((stage1_train, "cot_raft_loss"), (writing, "rail")):
         monkeypatch.setattr(module, name, spy(getattr(module, name)))
     data = ["--data", lab.write("few.jsonl", lab.rows[:4]), "--bf16"]
     lab.run("stage1_train", *data, "--epochs", 1, "--out", lab.path / "p_s")
@@ -117,7 +117,7 @@ def test_a_cot_that_reaches_its_suffix_comes_with_its_scores(name, spelled, requ
     if spelled:
         ids = [tokenizer(letter).input_ids[0] for letter in COT] + judge.suffix_ids
     steps = iter([*ids, 7])  # whatever the random numbers, these are written; and one step for the scores
-    monkeypatch.setattr(gen_cot, "sample", lambda logits, *_: torch.full((len(logits),), next(steps)))
+    monkeypatch.setattr(writing, "sample", lambda logits, *_: torch.full((len(logits),), next(steps)))
     monkeypatch.setattr(predict, "score", lambda judge, texts: read.extend(texts) or score(judge, texts))
     rows = judged(lab, judge, lab.write("test.jsonl", ROWS))
     assert [(row["cots"], row["finished"]) for row in rows] == [([COT], [True])] * 3
@@ -133,15 +133,15 @@ WINDOWS["qwen2"] = {"use_sliding_window": True, "max_window_layers": 1}
 @pytest.mark.parametrize("kind", WINDOWS)
 def test_every_token_is_what_a_plain_pass_would_sample(kind, at_once, gpt2_tokenizer, lab, monkeypatch):
     """Write two CoTs a prompt, while rows end and others take their place, beyond the sliding window."""
-    monkeypatch.setattr(gen_cot, "READ", 2 * at_once)  # some prompts are read together
+    monkeypatch.setattr(batch, "READ", 2 * at_once)  # some prompts are read together
     options = {"model_type": kind, "sliding_window": 8, **WINDOWS[kind]}
     options |= {"max_position_embeddings": 34, "eos_token_id": [*range(0, 290, 9)]}  # a token in nine ends
     judge = load_judge(str(lab.checkpoint(gpt2_tokenizer, **options)), GRID, False)
     prompts = [prompt_ids(gpt2_tokenizer, "Why? " * (1 + i % 4))[i % 3 :] for i in range(7)] + [[9]]
     names, args, texts, scores = list("abcdefghijklmnop"), how(max_new_tokens=25, num_cots=2), [], []
-    for row, ids, found in gen_cot.write(judge, prompts, names, args, at_once):
+    for row, ids, found in writing.write(judge, prompts, names, args, at_once):
         text, start = prompts[row // 2] + ids, len(prompts[row // 2])
-        (logits, wanted), uniform = plain(judge, text), gen_cot.random_numbers(names[row], 26)
+        (logits, wanted), uniform = plain(judge, text), writing.random_numbers(names[row], 26)
         for i, id in enumerate(ids):
             so_far, last = torch.tensor([text[: start + i]]), logits[start + i - 1]
             assert sample(last[None], so_far, uniform[i, None], args).tolist() == [id]
@@ -150,14 +150,14 @@ def test_every_token_is_what_a_plain_pass_would_sample(kind, at_once, gpt2_token
         assert found.probs == scores[-1]
     assert len(texts) == 16 and len(set(map(len, texts))) > 3
     assert max(map(len, texts)) + len(judge.suffix_ids) + 2 == 34  # suffix, score and end have to fit
-    assert [found.probs for found in predict.score(judge, texts)] == scores
+    assert [found.probs for found in writing.score(judge, texts)] == scores
 
 
 def test_a_cot_of_broken_characters_fits_the_positions(gpt2_tokenizer, lab, monkeypatch):
     """Each first byte of a character decodes to U+FFFD, which is three tokens when it is read again."""
     model = lab.checkpoint(gpt2_tokenizer, model_type="gpt2", max_position_embeddings=60)
     broken = gpt2_tokenizer("🙂").input_ids[0]
-    monkeypatch.setattr(gen_cot, "sample", lambda logits, *_: torch.full((len(logits),), broken))
+    monkeypatch.setattr(writing, "sample", lambda logits, *_: torch.full((len(logits),), broken))
     data = ["--model", model, "--data", lab.write("few.jsonl", ROWS), "--out", lab.path / "judged.jsonl"]
     lab.run("predict", *data)
     said, (row, *_) = lab.capsys.readouterr().out, lab.read("judged.jsonl")
@@ -203,7 +203,7 @@ def test_sampling_follows_the_nucleus_and_the_penalty(monkeypatch):
     logits = torch.randn(200, 600) * torch.tensor([0.5, 5.0]).repeat(100)[:, None]
     given, found = (logits, torch.zeros(200, 1, dtype=torch.long), torch.linspace(0, 0.999, 200)), []
     for likeliest in (600, 20):
-        monkeypatch.setattr(gen_cot, "NUCLEUS", likeliest)
+        monkeypatch.setattr(writing, "NUCLEUS", likeliest)
         found.append(sample(*given, how()).tolist())
     assert found[0] == found[1] and len(set(found[0])) > 100
 

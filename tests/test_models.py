@@ -15,10 +15,10 @@ from peft import LoraConfig, PeftModel, PolyConfig, PrefixTuningConfig, get_peft
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import gen_cot
 from tract import models, runs
 from tract.models import TINY_SEED
 from tract.records import Grid, InputError
+from tract.writing import load_judge
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ def test_vllm_is_asked_for_what_it_allows(lab, tiny_tokenizer, monkeypatch):
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     model = save_adapter(lab, tiny_tokenizer, **LORA | {"r": 20})
-    judge = gen_cot.load_judge(str(model), Grid(), False, {})
+    judge = load_judge(str(model), Grid(), False, "vllm")
     assert judge.model.llm.options["max_lora_rank"] == 32 and judge.model.adapter[-1] == str(model)
     assert judge.model.llm.options["tokenizer"] == str(lab.path / "seed")
     assert judge.model.llm.options["hf_overrides"] == {"head_dtype": "float32"}

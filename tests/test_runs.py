@@ -15,7 +15,8 @@ import torch
 from conftest import ROOT
 
 import gen_cot
-from tract import hub, runs, settings
+import predict
+from tract import files, hub, runs, settings
 from tract.models import TINY_SEED
 
 RUNS = {  # script → options
@@ -59,7 +60,7 @@ def cut_off(how: str | list) -> None:
 @pytest.mark.parametrize("script, step, how, code, kept", CUTS)
 def test_a_run_that_was_cut_off_ends_the_same(script, step, how, code, kept, whole, lab, monkeypatch):
     """Refuse to go on with other settings; go on with the same data under another name."""
-    where = {"stage1_train": (torch.nn.utils, "clip_grad_norm_"), "predict": (gen_cot, "write_cots")}[script]
+    where = {"stage1_train": (torch.nn.utils, "clip_grad_norm_"), "predict": (predict, "write_cots")}[script]
     real, calls, limits = getattr(*where), [], resource.getrlimit(resource.RLIMIT_FSIZE)
     run, part = [script, *RUNS[script], "--out", lab.path / script], lab.path / f"{script}.part"
 
@@ -113,7 +114,7 @@ def test_what_decides_a_result_and_changed_is_named_and_nothing_else(lab, tiny_t
 
 
 def test_options_of_vllm_that_decide_nothing_are_not_compared(lab):
-    parser = gen_cot.make_parser("", TINY_SEED, "train.jsonl", "o.jsonl")
+    parser = files.make_parser("", TINY_SEED, "train.jsonl", "o.jsonl")
     both = []
     for length, dtype in (("1024", "half"), ("2048", "float")):
         args = parser.parse_args(["--engine-args", f"max_model_len={length}", f"dtype={dtype}"])

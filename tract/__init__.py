@@ -4,9 +4,12 @@ encode.py       from a record to token ids, and which positions carry loss
 records.py      the JSONL record and its score grid; checks.py: what is refused as a record
 prompt.py       the judge prompt for records that bring none
 models.py       load a model, run decoder and head; hub.py: where its files are; adapters.py: LoRA and others
-writing.py      write CoTs and read scores: sampling, cache, padding
+writing.py      write CoTs and read scores: the loop, sampling; batch.py: its cache and padding
 files.py        JSONL in, JSONL out, going on where it was cut off; the options of both scripts that write
 runs.py         what a run leaves behind, and how it ends; settings.py: what decides its result
+examples.py     what comes before a training: data, examples, the plan of its steps
+training.py     what surrounds it: optimiser, log, state, signals
+scores.py       what eval.py reads and leaves behind: predictions, counts, tables, a figure
 pairs.py        pairs of responses, decided by scores that were given one by one
 ranks.py        several processes under torchrun
 vllm_engine.py  another engine in place of writing.py

@@ -1,8 +1,8 @@
-"""Write CoTs and read scores with vLLM; gen_cot.py and predict.py load this file for --engine vllm alone.
+"""Write CoTs and read scores with vLLM; tract/writing.py loads this file for --engine vllm alone.
 
 vLLM batches by itself and spreads a model over GPUs and machines (--engine-args tensor_parallel_size=4).
 Token ids go in as training encodes them, with the sampling settings, the suffix as a stop and a seed for each
-CoT. CoTs differ from those of gen_cot.py, for vLLM draws other random numbers; the scores of a CoT do not.
+CoT. CoTs differ from those of writing.py, for vLLM draws other random numbers; the scores of a CoT do not.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM has room for
 
 
 class Engine:
-    """Stand in for a model in gen_cot's Judge; the adapter of a LoRA folder goes along with every request."""
+    """Stand in for a model in writing.Judge; the adapter of a LoRA folder goes along with every request."""
 
     def __init__(self, name: str, tokenizer, bf16: bool, options: dict):
         """Load a model; vLLM's `max_model_len` limits the tokenizer's positions. Raises InputError."""
@@ -57,7 +57,7 @@ class Engine:
             raise InputError(f"--engine vllm: {hub.one_line(error)}") from None
 
     def write(self, judge, prompts: list[list[int]], names: list[str], args) -> Iterator[tuple]:
-        """Sample a CoT for each name, as gen_cot.write does, but yield no scores with it."""
+        """Sample a CoT for each name, as writing.write does, but yield no scores with it."""
         from vllm import SamplingParams
 
         room = judge.tokenizer.positions - len(judge.suffix_ids) - 2  # suffix and score still have to fit
@@ -78,7 +78,7 @@ class Engine:
             yield row, list(answer.outputs[0].token_ids), None
 
     def score(self, judge, texts: list[list[int]]) -> list[Rail]:
-        """Read the score distribution after each text, over the whole vocabulary, as predict.score does."""
+        """Read the score distribution after each text, over the whole vocabulary, as writing.score does."""
         from vllm import SamplingParams
 
         ids = judge.scores["score_ids"].tolist()

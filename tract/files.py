@@ -1,0 +1,194 @@
+"""JSONL in, JSONL out, going on where it was cut off; the options of both scripts that write CoTs.
+
+A script reads its records with `read_data` and hands their new fields to an `Output`, a chunk at a time.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from tract import hub, models, runs
+from tract.encode import enable_thinking
+from tract.records import ROOT, InputError, read_records
+from tract.runs import COUNT, WEIGHT, Fault
+from tract.writing import Judge
+
+CHUNK = 8  # batches' worth of prompts that are judged together, and then written to OUT.part
+
+
+def make_parser(description: str, model: str, data: str, out: str) -> argparse.ArgumentParser:
+    """Make the options of both scripts; `source_of_cots` is the group of --num-cots and what excludes it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=runs.Help, allow_abbrev=False)
+    group = parser.add_argument_group("what matters first")
+    add = group.add_argument
+    add("--model", default=model, help=f"checkpoint folder, hub id or one of {', '.join(hub.MODELS)}")
+    add("--data", default=str(ROOT / "data/tiny" / data), help="JSONL file of records")
+    add("--out", type=Path, default=Path(out), help="JSONL file to write")
+    add("--batch-size", type=COUNT, default=32, help="sequences at a time; halved when memory runs out")
+    parser.source_of_cots = group.add_mutually_exclusive_group()
+    parser.source_of_cots.add_argument("--num-cots", type=COUNT, default=1, help="CoTs a prompt")
+    add = parser.add_argument_group("sampling (the defaults are the paper's)").add_argument
+    add("--max-new-tokens", type=COUNT, default=1024, help="tokens; a longer CoT is unfinished")
+    add("--temperature", type=WEIGHT, default=1.0, help="0 always takes the most likely token")
+    add("--top-p", type=runs.number(float, 1e-6, 1), default=0.9, help="mass that tokens are sampled from")
+    add("--repetition-penalty", type=runs.number(float, 1e-6), default=1.03, help="1 is none")
+    add = parser.add_argument_group("many records (docs/scale.md)").add_argument
+    add("--shard", type=shard, metavar="I/N", help="take the I-th of N shares of the records; cat joins them")
+    add("--engine", choices=("torch", "vllm"), default="torch", help="vllm: see vllm_engine.py")
+    add("--engine-args", nargs="+", type=setting, default=[], metavar="KEY=VALUE", help="for vLLM's LLM(...)")
+    runs.add_common_arguments(parser, models.has_bf16())
+    parser.set_defaults(no_cot=False, given=None)  # predict.py has these options, gen_cot.py has not
+    return parser
+
+
+def shard(text: str) -> tuple[int, int]:
+    """Parse --shard: 2/8 is the second of eight shares."""
+    number, shares = map(int, text.split("/"))
+    if not 1 <= number <= shares:
+        raise ValueError
+    return number, shares
+
+
+def setting(text: str) -> tuple[str, object]:
+    """Parse one of --engine-args: its value is JSON, or else the text itself."""
+    key, _, value = text.partition("=")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def writes_cots(args) -> bool:
+    return not args.no_cot and not args.given
+
+
+def read_data(args, needs: tuple[str, ...]) -> list[dict]:
+    """Read the records of --data, or a share of them; check all that needs no weights. Raises InputError."""
+    if args.engine_args and args.engine != "vllm":
+        raise InputError("--engine-args: are for --engine vllm")
+    trained = hub.trained(args.model)
+    if trained and trained.get("no_cot") and not args.no_cot:
+        raise InputError(f"{args.model}: was trained without CoTs, knows none; use predict.py --no-cot")
+    if trained and args.no_cot and not trained.get("no_cot"):
+        raise InputError(f"{args.model}: was trained with CoTs, needs one; leave --no-cot away")
+    records = read_records(args.data, args.grid, needs)
+    suffix = args.grid.suffix.strip()
+    asks_for_result = "[RESULT]" in records[0]["prompt"] and "[RESULT]" not in suffix
+    if asks_for_result and writes_cots(args) and not trained:
+        print(f"{args.data}: prompts ask for [RESULT], CoTs are to end in '{suffix}': --suffix '[RESULT]'?")
+    if args.shard is None:
+        return records
+    number, shares = args.shard
+    start = len(records) * (number - 1) // shares
+    share = records[start : len(records) * number // shares]  # one after another: `cat` leaves them in order
+    if not share:
+        raise InputError(f"--shard {number}/{shares}: there are fewer records than shares; make fewer")
+    return share
+
+
+def tokenising(records: list[dict]) -> Iterator[dict]:
+    """Yield the records, with a progress bar where it takes long."""
+    return tqdm(records, desc="tokenise", unit="record", delay=5, leave=False)
+
+
+class Output:
+    """The file --out in the making: yields records in chunks, the longest first, and takes their new fields.
+
+    What is finished lies in OUT.part; the same command goes on from there to the same bytes.
+    """
+
+    def __init__(self, args):
+        """Refuse an --out that is there already. Raises InputError."""
+        runs.check_out(args)
+        self.started = time.time()
+        self.args = args
+        self.at_once = args.batch_size  # sequences
+
+    def begin(self, judge: Judge, records: list[dict], lengths: dict[str, int]) -> None:
+        """Leave out what is longer (in tokens) than fits; find what is finished. Raises InputError."""
+        reserve = len(judge.suffix_ids) + 3 if writes_cots(self.args) else 0  # a token, suffix and score
+        self.longest = min(self.args.max_length, judge.tokenizer.positions - reserve)
+        self.too_long = [id for id, length in lengths.items() if length > self.longest]
+        self.records = [record for record in records if lengths[record["id"]] <= self.longest]
+        if not self.records:
+            what = f"all {len(records)} records are longer than {self.longest} tokens"
+            raise InputError(f"{self.args.data}: {what}")
+        self.longest_first = sorted(self.records, key=lambda record: -lengths[record["id"]])
+        self.enable_thinking = enable_thinking(judge.tokenizer)
+        self.part, self.settings, self.lock = runs.begin(self.args)
+        self.lines = {}  # id → line of a finished record
+        self.file = self.part / "records.jsonl"
+        if self.file.is_file():
+            for line in self.file.read_bytes().split(b"\n")[:-1]:  # without a last one that was cut off
+                self.lines[json.loads(line)["id"]] = line.decode() + "\n"
+            runs.write_whole(self.file, "".join(self.lines.values()))
+            print(f"{self.part}: going on after {len(self.lines)} finished records")
+
+    def chunks(self) -> Iterator[list[dict]]:
+        """Yield what is to be judged together, the longest first: if memory runs out, it does so at once.
+
+        A chunk that was cut off comes whole again, for in another batch sums round differently. One that was
+        finished does not come.
+        """
+        left = self.longest_first
+        with runs.progress(len(left), len(self.lines), self.args.out.stem, "record") as bar:
+            while left:
+                at_once = self.at_once
+                chunk = left[: max(1, CHUNK * at_once // self.args.num_cots)]
+                new = [record["id"] for record in chunk if record["id"] not in self.lines]
+                if new:
+                    yield chunk
+                    if self.at_once < at_once:
+                        continue  # memory ran out: a smaller chunk
+                    with open(self.file, "a", encoding="utf-8") as file:
+                        file.write("".join(self.lines[id] for id in new))
+                    bar.update(len(new))
+                left = left[len(chunk) :]
+
+    @contextmanager
+    def halving(self) -> Iterator[None]:
+        """Where memory runs out within it, let the next chunk be the same with half as many sequences."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            if self.at_once == 1:
+                raise Fault(f"{self.part}: out of memory; lower --max-length or --num-cots") from None
+            self.at_once //= 2
+            tqdm.write(f"out of memory: going on with {self.at_once} sequences at a time")
+            torch.cuda.empty_cache()
+
+    def add(self, record: dict, fields: dict) -> None:
+        """Add fields to a record of the chunk, unless it was finished before."""
+        if record["id"] not in self.lines:
+            self.lines[record["id"]] = runs.to_line(record | fields)
+
+    def finish(self) -> list[str]:
+        """Write run.json, then --out in the order of the data, and print what came out; returns the lines."""
+        args = self.args
+        lines = [self.lines[record["id"]] for record in self.records]
+        unfinished = []
+        for line in lines:
+            record = json.loads(line)
+            if not all(record["finished"]):
+                unfinished.append(record["id"])
+        facts = {"unfinished": len(unfinished), "sequences_at_once": self.at_once}
+        facts |= {"enable_thinking": self.enable_thinking}
+        run_json = Path(f"{str(args.out).removesuffix('.jsonl')}.run.json")
+        runs.write_run(run_json, args, self.settings, self.started, **facts)
+        runs.write_whole(args.out, "".join(lines))  # last: where it is, everything is
+        shutil.rmtree(self.part)
+        self.lock.close()
+        runs.report(self.too_long, f"left out, longer than {self.longest} tokens")
+        runs.report(unfinished, "with a CoT that did not reach the suffix by itself")
+        if writes_cots(args) and 2 * len(unfinished) > len(lines):
+            never = f"most CoTs never came to '{args.grid.suffix.strip()}'"
+            print(f"{never}: does the prompt ask for these words? --suffix names others")
+        print(f"{args.out}: {len(lines)} records in {time.time() - self.started:.0f} s")
+        return lines

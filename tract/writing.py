@@ -1,0 +1,200 @@
+"""Write CoTs and read scores. For one prompt, and without a cache, it is this loop:
+
+    cot = []
+    while True:
+        logits = model(prompt + cot)[-1]  # of the next token, (V,)
+        if cot[-len(suffix) :] == suffix or cot[-1:] == [end_of_sequence] or len(cot) == limit:
+            break
+        cot.append(sample(logits, prompt + cot, uniform[len(cot)]))
+    scores = rail(logits)  # after the suffix the score is not sampled: its distribution is read
+
+`write` does this with many rows at once, padded on the left, over a cache. Rows that are done make room for
+the next prompts. The scores of a row come with the step after its suffix and need no pass of their own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+
+from loss import Rail, rail
+from tract import models, runs
+from tract.batch import READ, Batch, join, keep, left_pad, read_prompts
+from tract.encode import prefix_ids, score_tokens
+from tract.models import decode, device, head, score_logits
+from tract.records import Grid
+
+NUCLEUS = 256  # tokens that nearly always hold the nucleus; where not, the whole vocabulary is sorted
+
+
+class Judge(NamedTuple):  # a model with all it takes to write CoTs and to read scores
+    model: object  # of transformers, or vllm_engine.Engine
+    tokenizer: object
+    grid: Grid
+    suffix_ids: list[int]
+    ends: list[int]  # ids that end a sequence
+    scores: dict[str, Tensor]  # score_ids (S,) and score_values (S,), as rail takes them
+    is_vllm: bool
+
+
+def load_judge(name: str, grid: Grid, bf16: bool, engine: str = "torch", engine_args=()) -> Judge:
+    """Load what --model, --bf16, --engine and --engine-args ask for. Raises InputError."""
+    tokenizer = models.load_tokenizer(name)
+    suffix_ids, score_ids = score_tokens(tokenizer, grid)
+    scores = models.score_tensors(score_ids, grid)
+    if engine == "vllm":
+        from tract.vllm_engine import Engine
+
+        model = Engine(name, tokenizer, bf16, dict(engine_args))
+        return Judge(model, tokenizer, grid, suffix_ids, [], scores, is_vllm=True)
+    model = models.load_model(name, torch.bfloat16 if bf16 else torch.float32)
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]  # Llama-3 has several
+    ends = {tokenizer.eos_token_id, *ends} - {None}
+    return Judge(model, tokenizer, grid, suffix_ids, sorted(ends), scores, is_vllm=False)
+
+
+def sample(logits: Tensor, so_far: Tensor, uniform: Tensor, args) -> Tensor:
+    """Draw next tokens by inverse CDF: repetition penalty, temperature, then the smallest set of mass top_p.
+
+    logits (B, V), so_far (B, T): ids of prompt and CoT in any order, uniform (B,) in [0, 1) → ids (B,). Not
+    torch.multinomial, whose one generator serves all rows: a row's token must not depend on its batch. A
+    temperature below .001 takes the likeliest.
+    """
+    logits = logits.float()
+    seen = logits.gather(1, so_far)
+    penalised = torch.where(seen < 0, seen * args.repetition_penalty, seen / args.repetition_penalty)
+    logits = logits.scatter(1, so_far, penalised)
+    if args.temperature < 1e-3:
+        return logits.argmax(-1)
+    logits = logits / args.temperature
+    probs, mass, ids = likeliest(logits, NUCLEUS)  # sorting all can take longer than the model's step
+    if not bool((mass[:, -1] >= args.top_p).all()):
+        probs, mass, ids = likeliest(logits, logits.shape[-1])
+    in_nucleus = (mass - probs) < args.top_p  # what lies before a token is not enough yet
+    nucleus_mass = torch.where(in_nucleus, probs, 0).sum(-1)
+    rank = (mass <= (uniform * nucleus_mass)[:, None]).sum(-1)  # the first token beyond the random number
+    rank = rank.clamp(max=in_nucleus.sum(-1) - 1)  # rounding may have left the nucleus
+    return ids.gather(-1, rank[:, None])[:, 0]
+
+
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the likeliest tokens in order: probabilities, these cumulated, and ids; all (B, count)."""
+    top, ids = logits.topk(min(count, logits.shape[-1]))
+    probs = (top - logits.logsumexp(-1, keepdim=True)).exp()
+    return probs, probs.cumsum(-1), ids
+
+
+def random_numbers(name: str, n: int) -> Tensor:
+    """Draw n numbers that depend on `name` alone: but for rounding, a CoT is the same in any batch."""
+    generator = torch.Generator().manual_seed(runs.seed_of(name))
+    return torch.rand(n, generator=generator, dtype=torch.float64).float()
+
+
+@torch.inference_mode()
+def write(judge: Judge, prompts: list[list[int]], names: list[str], args, at_once: int) -> Iterator[tuple]:
+    """Sample a CoT for each name until the suffix, an end of sequence or the limit, `at_once` rows at a time.
+
+    CoT c is of prompt c // args.num_cots. Yields c, its ids and the score distribution (Rail) after them.
+    """
+    suffix = judge.suffix_ids
+    num_cots = args.num_cots
+    room = judge.tokenizer.positions - len(suffix) - 2  # suffix and score still have to fit
+    limits = [min(args.max_new_tokens, room - len(prompts[cot // num_cots])) for cot in range(len(names))]
+    uniform = torch.stack([random_numbers(name, max(limits) + 1) for name in names]).to(device())
+    batch = None
+    cots = []  # which CoT each row of the batch is
+    written = []  # how many tokens it has
+    prompts_read = 0
+    while cots or prompts_read < len(prompts):
+        free_rows = max(at_once, num_cots) - len(cots)
+        new_prompts = min(free_rows // num_cots, len(prompts) - prompts_read)
+        if new_prompts and 4 * len(cots) <= 3 * at_once:  # a quarter is free: it is worth a pass
+            new = read_prompts(judge.model, prompts[prompts_read : prompts_read + new_prompts])
+            new = keep(new, [row // num_cots for row in range(new_prompts * num_cots)])
+            batch = join(batch, new) if cots else new
+            cots += range(prompts_read * num_cots, (prompts_read + new_prompts) * num_cots)
+            written += [0] * (new_prompts * num_cots)
+            prompts_read += new_prompts
+
+        mask = F.pad(batch.mask, (0, 1), value=1)
+        hidden = decode(judge.model, batch.cache, batch.ids[:, -1:], mask)[:, -1]  # (B, D)
+        logits = head(judge.model, hidden)  # (B, V)
+
+        done = []  # rows
+        for row, tail in enumerate(batch.ids[:, -len(suffix) :].tolist()):
+            reached_suffix = written[row] >= len(suffix) and tail == suffix
+            wrote_eos = written[row] > 0 and tail[-1] in judge.ends
+            hit_limit = written[row] == limits[cots[row]]
+            if reached_suffix or wrote_eos or hit_limit:
+                done.append(row)
+        if done:
+            for row, scores in zip(done, read_scores(judge, hidden[done]), strict=True):
+                ids = batch.ids[row].tolist()
+                yield cots[row], ids[len(ids) - written[row] :], scores
+
+        so_far = torch.where(mask > 0, batch.ids, batch.ids[:, -1:])
+        token = sample(logits, so_far, uniform[cots, written], args)  # ignored where a row is done
+        batch = Batch(batch.cache, mask, torch.cat([batch.ids, token[:, None]], 1))
+        going = [row for row in range(len(cots)) if row not in done]
+        if done:
+            batch = keep(batch, going)
+        cots = [cots[row] for row in going]
+        written = [written[row] + 1 for row in going]
+
+
+def read_scores(judge: Judge, hidden: Tensor) -> list[Rail]:
+    """Read the score distributions that hidden states (B, D) predict, as plain numbers."""
+    logits = score_logits(judge.model, hidden, judge.scores["score_ids"])
+    expected, off_grid, probs = (values.tolist() for values in rail(logits, **judge.scores))
+    return [Rail(*row) for row in zip(expected, off_grid, probs, strict=True)]
+
+
+@torch.inference_mode()
+def score(judge: Judge, texts: list[list[int]]) -> list[Rail]:
+    """Read the score distribution after each text (prompt, CoT and suffix as ids) by a forward pass."""
+    if judge.is_vllm:
+        return judge.model.score(judge, texts)
+    found = []
+    at_once = max(1, READ // max(map(len, texts), default=1))
+    for start in range(0, len(texts), at_once):
+        ids, mask = left_pad(texts[start : start + at_once])
+        hidden = decode(judge.model, DynamicCache(), ids, mask)[:, -1]  # (B, D)
+        found += read_scores(judge, hidden)
+    return found
+
+
+@dataclass
+class Cot:  # what a judge wrote or was given
+    text: str
+    finished: bool  # did it reach the suffix by itself?
+    ids: list[int]  # prompt, CoT and suffix, as training encodes them
+    scores: Rail | None = None  # the score distribution after `ids`; None where it has not been read
+
+
+def write_cots(judge: Judge, records: list[dict], prompts: list, args, at_once: int) -> list[list[Cot]]:
+    """Write args.num_cots CoTs for each record, with the scores that came with them, where those hold."""
+    num_cots = args.num_cots
+    names = [f"{args.seed}/{record['id']}/{k}" for record in records for k in range(num_cots)]
+    if judge.is_vllm:
+        written = judge.model.write(judge, prompts, names, args)
+    else:
+        written = write(judge, prompts, names, args, at_once)
+    cots = []
+    for number, ids, scores in sorted(written):
+        prompt = prompts[number // num_cots]
+        text = judge.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text, found_suffix, _ = text.partition(judge.grid.suffix.strip())
+        wanted = prefix_ids(judge.tokenizer, prompt, text, judge.grid)
+        while len(wanted) >= judge.tokenizer.positions:
+            # Half a character, where a CoT was cut off, takes more ids than were written: leave it out
+            text = text[:-1]
+            wanted = prefix_ids(judge.tokenizer, prompt, text, judge.grid)
+        if wanted != prompt + ids:
+            scores = None  # a CoT without suffix, or one that training would encode otherwise: read it again
+        cots.append(Cot(text.strip(), bool(found_suffix), wanted, scores))
+    return [cots[start : start + num_cots] for start in range(0, len(cots), num_cots)]
