@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import warnings
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from conftest import ROOT
 from matplotlib.axes import Axes
 
 import eval
+from tract import scores
 from tract.records import Grid, InputError, off_grid_line
 
 WIDE = "1=0,2=25,3=50,4=75,5=100"
@@ -34,7 +34,7 @@ def older(rows: list[dict]) -> list[dict]:
 
 
 def read(path, grid=None, cots=None, renormalise=False) -> tuple[list[dict], Grid]:
-    return eval.read_predictions(str(path), Namespace(grid=grid, cots=cots, renormalise=renormalise))
+    return scores.read_predictions(str(path), grid, cots, renormalise)
 
 
 def evaluate(lab, *arguments) -> tuple:
@@ -57,7 +57,7 @@ def test_metrics_and_reliability_by_hand_and_without_torch():
     length = np.array([3.0, 1.0, 4.0, 2.0])  # what is left of p and of length without y correlates so
     rest = [x - np.polyval(np.polyfit(y, x, 1), y) for x in (p, length)]
     assert eval.length_bias(p, y, length) == pytest.approx(np.corrcoef(*rest)[0, 1])
-    points = eval.reliability(predictions(100), Grid())
+    points = scores.reliability(predictions(100), Grid())
     assert sum(p["n"] for p in points if p["observed"] == p["predicted"] in (0, 1)) == 500
     code = "import sys, eval; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -211,6 +211,14 @@ def test_records_without_prediction_are_left_out_and_ties_are_counted(lab, monke
     assert [second[name] for name in names] == [18, 0, 0, 1, 0] and drawn == [17, 17]
     assert "a: 20 records, 0 without score, 2 not in all files, 1 without prediction" in printed
     assert "likeliest score tied in 1 records, mean off-grid mass 0.2500\n" in printed
+
+
+def test_ratings_may_be_missing_in_one_of_two_files(lab):
+    rows = [row | {"ratings": [1, 2]} for row in predictions(9)]
+    paths = lab.write("with", rows), lab.write("without", predictions(9))
+    first, second, printed = evaluate(lab, *paths)
+    assert first["against_others"]["ratings"] == 18 and second["against_others"] is None
+    assert printed.count("| one rater ") == printed.count("ratings, against the mean") == 1
 
 
 def test_an_untrained_judge_is_told_from_one_that_is_sure_of_the_lowest_score():

@@ -10,12 +10,48 @@ pairs, weighted by `weight`; the total is the mean over sections. So counts Rewa
                              and mean −log of it
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 
 from tract import runs
-from tract.records import InputError
+from tract.records import InputError, off_grid_line
+from tract.scores import Predictions, count_tied, print_table
 
 NAMES = ("accuracy", "ties", "decoded", "ties_decoded", "above", "log_loss")
+
+
+class Group(NamedTuple):
+    """Hold the values of NAMES (1 + resamples,) over a group of pairs: on the data, then on each resample."""
+
+    section: str
+    subset: str  # "" where all of a section is meant
+    pairs: int  # how many
+    samples: dict[str, np.ndarray]
+
+
+def evaluate(files: dict[str, Predictions], resamples: int, seed: int, interval: Callable) -> dict:
+    """Return and print, for every file, how often the chosen response of a pair gets the higher score.
+
+    interval: makes of samples (1 + resamples,) a value with its limits, as in eval.py. Raises InputError.
+    """
+    report = {"resamples": resamples, "seed": seed, "files": {}}
+    for path, (rows, grid) in files.items():
+        print(f"{path}: 95 % bootstrap intervals over pairs\n")
+        pairs = gather(rows, path)
+        judged = [row for pair in pairs for row in pair]
+        off_grid = off_grid_line(judged, grid)
+        print(f"likeliest score tied in {count_tied(judged)} of {len(judged)} records; {off_grid}\n")
+        table = []
+        entries = []
+        for section, subset, n, samples in compare(pairs, resamples, seed):
+            intervals = {name: interval(values) for name, values in samples.items()}
+            table.append([section, subset, n, *intervals.values()])
+            entries.append({"section": section, "subset": subset, "pairs": n} | intervals)
+        print_table(["section", "subset", "pairs", *NAMES], table)
+        report["files"][path] = entries
+    return report
 
 
 def gather(rows: list[dict], path: str) -> list[list[dict]]:
@@ -30,54 +66,75 @@ def gather(rows: list[dict], path: str) -> list[list[dict]]:
         for field in ("section", "subset", "weight"):
             if row.get(field) != pair[0].get(field):
                 raise InputError(f"{where}: '{field}' differs within its pair; give both the same")
-    broken = {name for name, pair in pairs.items() if [row["chosen"] for row in pair].count(True) != 1}
-    broken |= {name for name, pair in pairs.items() if len(pair) == 1}
+    whole = []
+    broken = []
+    without_prediction = []
+    for name, pair in pairs.items():
+        chosen = [row for row in pair if row["chosen"]]
+        rejected = [row for row in pair if not row["chosen"]]
+        if len(chosen) != 1 or not rejected:
+            broken.append(name)
+        elif any(row["prediction"] is None for row in pair):
+            without_prediction.append(name)
+        else:
+            whole.append(chosen + rejected)
     runs.report(broken, "without one chosen and one other response left out", "pairs")
-    unread = {name for name, pair in pairs.items() if any(row["prediction"] is None for row in pair)}
-    runs.report(unread - broken, "with a record without prediction left out", "pairs")
-    whole = [pair for name, pair in pairs.items() if name not in broken | unread]
+    runs.report(without_prediction, "with a record without prediction left out", "pairs")
     if not whole:
         raise InputError(f"{path}: no whole pair; predict.py has to judge all records of a pair")
-    return [sorted(pair, key=lambda row: not row["chosen"]) for pair in whole]
+    return whole
 
 
-def beats(a: np.ndarray, b: np.ndarray) -> float:
-    """Return P(A > B) + P(A = B) / 2 for two score distributions (S,); one half where one has no mass."""
-    if not (a.any() and b.any()):
+def beats(probs: np.ndarray, other: np.ndarray) -> float:
+    """Return P(A > B) + P(A = B) / 2, where A and B have the score distributions `probs` and `other` (S,).
+
+    Both are divided by their mass on the grid; one half where one has no mass.
+    """
+    if not probs.any() or not other.any():
         return 0.5
-    a, b = a / a.sum(), b / b.sum()
-    return float(a @ (np.cumsum(b) - b / 2))
+    probs = probs / probs.sum()
+    other = other / other.sum()
+    return float(probs @ (np.cumsum(other) - other / 2))  # Σ_v P(A = v) · (P(B < v) + P(B = v) / 2)
 
 
 def judge(pair: list[dict]) -> list[float]:
     """Return what NAMES says of one pair, the chosen record first."""
-    found = []
+    values = []
     for kind in ("prediction", "decoded"):
         scores = np.array([row[kind] for row in pair])
-        best = scores == scores.max()
-        found += [best[0] / best.sum(), float(best[0] and best.sum() > 1)]
-    probs = [np.mean(row["score_probs"], axis=0) for row in pair]
+        winners = np.flatnonzero(scores == scores.max())
+        credit = 1 / len(winners) if 0 in winners else 0.0
+        values += [credit, float(0 < credit < 1)]
+    probs = [np.mean(row["score_probs"], axis=0) for row in pair]  # (S,) each, mean over the CoTs
     above = np.array([beats(probs[0], other) for other in probs[1:]])
-    return [*found, float(above.mean()), float(-np.log(above.clip(1e-7)).mean())]
+    return [*values, float(above.mean()), float(-np.log(above.clip(1e-7)).mean())]
 
 
-def compare(pairs: list[list[dict]], resamples: int, seed: int) -> list[tuple[str, str, int, dict]]:
-    """Return section, subset, number of pairs and values of NAMES, for subsets, then sections, then in total.
-
-    subset is "" where all of a section is meant. Values (1 + resamples,): on the data and on resampled pairs.
-    """
-    random, subsets, sections = np.random.default_rng(seed), {}, {}
+def compare(pairs: list[list[dict]], resamples: int, seed: int) -> list[Group]:
+    """Return a group for each subset, then for each section of several subsets, then one for all pairs."""
+    subsets = {}  # (section, subset, weight) → what NAMES says of each pair
     for pair in pairs:
         first = pair[0]
-        key = first.get("section", "all"), first.get("subset", "all"), first.get("weight", 1)
+        key = (first.get("section", "all"), first.get("subset", "all"), first.get("weight", 1))
         subsets.setdefault(key, []).append(judge(pair))
-    found = []
-    for (section, subset, weight), values in subsets.items():
-        values, n = np.array(values), len(values)  # (n, 6)
+    random = np.random.default_rng(seed)
+    groups = []
+    sections = {}  # section → number of pairs, their weight together, and means, of each of its subsets
+    for (section, subset, weight), judged in subsets.items():
+        n = len(judged)
         picks = np.concatenate([np.arange(n)[None], random.integers(0, n, (resamples, n))])
-        found.append((section, subset, n, values[picks].mean(1)))  # (1 + resamples, 6)
-        sections.setdefault(section, []).append((n, weight * n, found[-1][-1]))
-    means = {name: sum(w * m for _, w, m in of) / sum(w for _, w, _ in of) for name, of in sections.items()}
-    found += [(name, "", sum(n for n, *_ in of), means[name]) for name, of in sections.items() if len(of) > 1]
-    found.append(("total", "", sum(map(len, subsets.values())), sum(means.values()) / len(means)))
-    return [(*names, dict(zip(NAMES, means.T, strict=True))) for *names, means in found]
+        means = np.array(judged)[picks].mean(1)  # (1 + resamples, 6)
+        groups.append(make_group(section, subset, n, means))
+        sections.setdefault(section, []).append((n, weight * n, means))
+    section_means = []
+    for section, parts in sections.items():
+        weighted = sum(weight * means for _, weight, means in parts)
+        section_means.append(weighted / sum(weight for _, weight, _ in parts))
+        if len(parts) > 1:
+            groups.append(make_group(section, "", sum(n for n, _, _ in parts), section_means[-1]))
+    groups.append(make_group("total", "", len(pairs), sum(section_means) / len(section_means)))
+    return groups
+
+
+def make_group(section: str, subset: str, n: int, means: np.ndarray) -> Group:
+    return Group(section, subset, n, dict(zip(NAMES, means.T, strict=True)))

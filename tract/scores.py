@@ -1,0 +1,200 @@
+"""What eval.py reads and leaves behind: files of predictions, counts, tables, a figure. Skip it at first."""
+
+import argparse
+import io
+import json
+import tempfile
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tract import runs
+from tract.records import Grid, InputError, parse_line, predicted, read_records
+
+
+class Predictions(NamedTuple):
+    """Hold records of a file of predict.py, and the score grid that they are on."""
+
+    rows: list[dict]
+    grid: Grid
+
+
+def read_predictions(
+    path: str, grid: str | None = None, cots: int | None = None, renormalise: bool = False
+) -> Predictions:
+    """Read a file of predict.py, as it would be with other values of its grid, fewer CoTs, or renormalised.
+
+    grid: the same tokens with these values; cots: use the first so many; renormalise: divide each expected
+    score by its mass on the grid. Raises InputError, with what is wrong and where.
+    """
+    written, renormalised = find_grid(path, grid, renormalise)
+    wanted = Grid.parse(grid) if grid else written
+    if wanted.tokens != written.tokens:
+        raise InputError(f"--grid {grid}: {path} is on {written}; give the same scores, with other values")
+    rows = read_records(path, wanted, ("id", "prediction", "decoded", "score_probs", "off_grid", "finished"))
+    for row in rows:
+        row["renormalised"] = renormalised
+        if cots and cots > len(row["finished"]):
+            raise InputError(f"{path}: record {row['id']!r} has fewer CoTs than --cots {cots}")
+        for field in ("finished", "score_probs", "off_grid"):
+            row[field] = row[field][:cots]
+        if grid or cots or renormalise:
+            row["prediction"], row["decoded"] = predicted(row["score_probs"], wanted, renormalised)
+    return Predictions(rows, wanted)
+
+
+def find_grid(path: str, grid: str | None, renormalise: bool) -> tuple[Grid, bool]:
+    """Return the grid of a file of predict.py, and whether it is renormalised, as each of its rows says.
+
+    Rows of older versions do not; NAME.run.json does, or else the options `grid` and `renormalise`.
+    Raises InputError where nothing does, or rows differ.
+    """
+    if not Path(path).is_file() or path.encode(errors="replace").decode() != path:
+        raise InputError(f"{path}: no plain file with a name in UTF-8; give a JSONL file of predict.py")
+    first = None
+    noted = None
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            row = parse_line(line, where) if line.strip() else {}
+            if "prediction" not in row:
+                continue  # read_records says so
+            if noted is None:
+                noted = {} if row.get("grid") else read_run_json(path)
+            text = row.get("grid") or noted.get("grid") or grid
+            if text is None:
+                raise InputError(f"{where}: no 'grid' in it; say which with --grid, as in 1,2,3,4,5")
+            renormalised = row.get("renormalised") or noted.get("renormalise") or renormalise
+            found = (Grid.parse(str(text)), bool(renormalised))
+            if first is None:
+                first = found
+            if found != first:
+                differs = "'grid' or 'renormalised' differs from the first record's"
+                raise InputError(f"{where}: {differs}; evaluate the two kinds apart")
+    return first or (Grid(), False)  # where there is none, read_records says so
+
+
+def read_run_json(path: str) -> dict:
+    """Return the arguments in NAME.run.json, if it belongs to this file: `x` and `x.jsonl` have one."""
+    arguments = runs.read_json(Path(f"{path.removesuffix('.jsonl')}.run.json")).get("arguments")
+    if not isinstance(arguments, dict):
+        return {}
+    belongs = Path(str(arguments.get("out", path))).name == Path(path).name
+    return arguments if belongs else {}
+
+
+def describe(path: str, file: Predictions, common: Predictions) -> dict:
+    """Return what a file is, how many of its records are not in `common` and why, and how sound those are."""
+    rows, grid = common
+    scored = [row for row in file.rows if row.get("score") is not None]
+    predicted_too = [row for row in scored if row["prediction"] is not None]
+    finished = [flag for row in rows for flag in row["finished"]]
+    return {
+        "sha256": runs.sha256(path),
+        "grid": str(grid),
+        "renormalised": rows[0]["renormalised"],
+        "records": len(file.rows),
+        "cots": len(finished),
+        "without_score": len(file.rows) - len(scored),
+        "without_prediction": len(scored) - len(predicted_too),
+        "not_in_all_files": len(predicted_too) - len(rows),
+        "unfinished_rate": finished.count(False) / len(finished),
+        "tied_likeliest": count_tied(rows),
+        "off_grid_mean": float(np.mean([mass for row in rows for mass in row["off_grid"]])),
+        "reliability": reliability(rows, grid),
+    }
+
+
+def count_tied(rows: list[dict]) -> int:
+    """Return in how many records several scores are equally likely, and likeliest, after one of the CoTs."""
+    return len([row for row in rows if any(probs.count(max(probs)) > 1 for probs in row["score_probs"])])
+
+
+def reliability(rows: list[dict], grid: Grid, bins: int = 10) -> list[dict]:
+    """Return, for each score and bin of its probability, how often it was the (nearest) true score."""
+    probs = np.array([np.mean(row["score_probs"], axis=0) for row in rows])  # (n, S), mean over the CoTs
+    true = np.array([grid.nearest(row["score"]) for row in rows])  # (n,)
+    bin_numbers = np.minimum((probs * bins).astype(int), bins - 1)  # (n, S)
+    points = []
+    for s, token in enumerate(grid.tokens):
+        for bin_number in np.unique(bin_numbers[:, s]):
+            inside = bin_numbers[:, s] == bin_number
+            point = {"score": token, "n": int(inside.sum()), "predicted": float(probs[inside, s].mean())}
+            points.append(point | {"observed": float((true[inside] == s).mean())})
+    return points
+
+
+def print_table(head: list[str], rows: list[list]) -> None:
+    """Print a Markdown table and an empty line; a cell is a text, a number, an interval or None."""
+    lines = [head, ["---"] * len(head), *[[cell_text(value) for value in row] for row in rows]]
+    widths = [max(len(text) for text in column) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print(f"| {' | '.join(map(str.ljust, line, widths))} |")
+    print()
+
+
+def print_columns(columns: dict[str, dict]) -> None:
+    """Print a table, a column an entry and a row a metric; where a column has none, its cell is empty."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [[name, *(column.get(name) for column in columns.values())] for name in names]
+    print_table(["", *columns], rows)
+
+
+def cell_text(value: dict | float | str | None) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if not isinstance(value, dict):
+        return "" if value is None else str(value)
+    return "undefined" if value["value"] is None else "{value:.3f} [{low:.3f}, {high:.3f}]".format(**value)
+
+
+def draw(common: dict[str, Predictions], report: dict) -> bytes:
+    """Return a PNG, a column a file: predicted against true score, and how reliable the distributions are."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["text.parse_math"] = False  # a $ in the name of a file or a score is no formula
+    figure, axes = plt.subplots(2, len(common), figsize=(4 * len(common), 7.4), squeeze=False, layout="tight")
+    for (path, (rows, grid)), top, bottom in zip(common.items(), *axes, strict=True):
+        true = np.array([row["score"] for row in rows], dtype=float)
+        values = np.array([row["prediction"] for row in rows], dtype=float)
+        jitter = np.random.default_rng(0).uniform(-0.02, 0.02, len(true)) * np.ptp(grid.values)
+        top.plot(true + jitter, values, ".", alpha=0.25, markeredgewidth=0)
+        levels = np.unique(true)
+        if len(levels) <= 20:
+            means = [values[true == level].mean() for level in levels]
+            top.plot(levels, means, "o-", color="black", label="mean prediction")
+        top.plot(grid.values, grid.values, "--", color="gray", label="prediction = true score")
+        top.set(xlabel="true score", ylabel="prediction")
+        top.set_title(path[-50:], fontsize=8)  # a column has no room for more
+        for token in grid.tokens:
+            points = [p for p in report["files"][path]["reliability"] if p["score"] == token and p["n"] >= 10]
+            observed = [p["observed"] for p in points]
+            bottom.plot([p["predicted"] for p in points], observed, ".-", label=f"score {token}")
+        bottom.plot([0, 1], [0, 1], "--", color="gray")
+        bottom.set(xlabel="p(score), predicted", ylabel="share of records with that score")
+    for axis in axes.flat:
+        axis.legend(frameon=False, fontsize=8)
+    png = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):  # of letters that the font has not: they become boxes
+        figure.savefig(png, dpi=110)
+    plt.close(figure)
+    return png.getvalue()
+
+
+def write(args: argparse.Namespace, report: dict, figure: bytes | None = None) -> None:
+    """Write metrics.json and, if there is one, figure.png to the new folder args.out, whole or not at all."""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside --out, under a name of its own: what a killed run or another one leaves is in nobody's way
+    with tempfile.TemporaryDirectory(prefix=f"{args.out.name}.part-", dir=args.out.parent) as part:
+        whole = Path(part) / "eval"
+        whole.mkdir()
+        runs.write_whole(whole / "metrics.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        if figure is not None:
+            runs.write_whole(whole / "figure.png", lambda out: out.write(figure))
+        runs.check_out(args)  # again, for another eval.py may have made it
+        whole.rename(args.out)
