@@ -26,6 +26,7 @@ def main() -> None:
     for record in tokenising(records):
         prompts[record["id"]] = prompt_ids(p_s.tokenizer, record["prompt"])
 
+    grid_and_suffix = {"grid": str(args.grid), "suffix": args.grid.suffix.strip()}
     output.begin(p_s, records, lengths={id: len(prompt) for id, prompt in prompts.items()})
     for chunk in output.chunks():
         with output.halving():  # if memory runs out, the chunk comes again with fewer sequences at a time
@@ -35,7 +36,7 @@ def main() -> None:
                 # Each cot.scores, what p_s thinks of it, is dropped; the record keeps its true score
                 texts = [cot.text for cot in cots]
                 finished = [cot.finished for cot in cots]
-                output.add(record, {"cots": texts, "finished": finished, "suffix": args.grid.suffix.strip()})
+                output.add(record, {"cots": texts, "finished": finished, **grid_and_suffix})
     output.finish()
 
 

@@ -143,7 +143,7 @@ def two_hot(true_scores: Tensor, score_values: Tensor) -> Tensor:
     weight = (true_scores - score_values[left]) / (
         score_values[right] - score_values[left]
     )  # of the right one
-    shares = true_scores.new_zeros(len(true_scores), len(score_values))
+    shares = weight.new_zeros(len(true_scores), len(score_values))
     shares.scatter_(1, left[:, None], 1 - weight[:, None])
     shares.scatter_(1, right[:, None], weight[:, None])
     return shares

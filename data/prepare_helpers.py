@@ -13,6 +13,7 @@ from typing import Any
 
 from tract import runs
 from tract.checks import find_verdict
+from tract.hub import check_endpoint
 from tract.records import Grid, InputError
 
 SCORE = r"(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*5)?"  # 4, 4.0, 4/5, 4 out of 5
@@ -58,11 +59,8 @@ def read_texts(path: str | Path) -> list[list[str]]:
 
 def read_hub(hub_id: str, split: str, file: str, by_hand: str):
     """Load a data set from the hub; without the hub, what an earlier run left of it. Raises InputError."""
-    if not os.environ.get("HF_ENDPOINT", "").strip():
-        os.environ.pop("HF_ENDPOINT", None)  # `datasets` would take an empty one at its word
+    check_endpoint()
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if not hub.startswith(("https://", "http://")):
-        raise InputError(f"HF_ENDPOINT is {hub!r}; write it with its scheme, as in https://huggingface.co")
     try:
         urllib.request.urlopen(f"{hub}/api/datasets/{hub_id}", timeout=10).close()
     except (OSError, ValueError, HTTPException):
@@ -131,12 +129,13 @@ def sort_out(made: list, path: str) -> tuple[list, str]:
     """
     kept, reasons = [], {}
     for number, record in enumerate(made):
+        reason = record if isinstance(record, str) else None
         try:
             json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
         except ValueError:
-            record = "NaN, Infinity or half of a surrogate pair in it"
-        if isinstance(record, str):
-            reasons.setdefault(record, []).append(number)
+            reason = "NaN, Infinity or half of a surrogate pair in it"
+        if reason:
+            reasons.setdefault(reason, []).append(number)
         else:
             kept.append(record)
     if not kept:

@@ -7,8 +7,10 @@ from typing import Any
 
 from tract.prompt import PARTS, SUFFIX
 
-RESPONSES = re.compile(  # what data sets call a response, or one of several
-    r"(response|completion|answer|rejected)s?([ _]?[a-d\d])?|output[ _]?[a-d\d]", re.IGNORECASE
+RESPONSES = re.compile(  # what data sets call a response, or one of several; not the feedback, in `output`
+    r"(?!reference|output\Z)(\w+[ _])?"
+    r"(response|completion|answer|rejected|generation|output)s?([ _]?[a-d\d])?",
+    re.IGNORECASE,
 )
 
 
@@ -68,7 +70,8 @@ def check_fields(record: dict, need: tuple[str, ...]) -> str | None:
     for field, (is_right, what) in kinds.items():
         value = record.get(field)
         if value is not None and not is_right(value):
-            return f"field '{field}' is {json.dumps(value)[:40]}, not {what}"
+            remedy = "; or rename it" if field in EXTRAS else ""
+            return f"field '{field}' is {json.dumps(value)[:40]}, not {what}{remedy}"
         if is_text(value) and not value.strip():
             return f"field '{field}' is empty; fill it in or leave the record out"
     return None
@@ -85,18 +88,22 @@ def check_content(record: dict, grid, need: tuple[str, ...]) -> str | None:
     # A response that was left out of the prompt: the judge would judge without having seen it
     unseen = not_in_prompt(record) if "prompt" in need else None
     if unseen:
-        remedy = f"put it into the prompt, leave 'prompt' away (it is then rendered), or rename '{unseen}'"
+        remedy = f"put it there, or rename 'prompt' to 'instruction' and add a 'rubric', or rename '{unseen}'"
         return f"field 'prompt' does not contain the text of '{unseen}', so no judge would see it; {remedy}"
     # A CoT that holds its score: the score after it would only be copied
     verdict = find_verdict(record["cot"], grid) if "cot" in need else None
     if verdict:
         remedy = "end it before that (data/prepare_helpers.py cuts feedback so): the score is no part of it"
         return f"field 'cot' holds '{verdict[0].strip()[:60]}'; {remedy}"
-    # CoTs that were written up to other words than those that the score now follows
+    # CoTs that were written up to other words than those that the score now follows, or for such a prompt
+    rendered = "prompt" in need and record.get("response") is not None
     suffix = grid.suffix.strip()
-    written = record.get("suffix")
-    if "cots" in need and written not in (None, suffix):
-        return f"its CoTs were to end in '{written}', not '{suffix}'; write them anew or set --suffix"
+    if ("cots" in need or rendered) and record.get("suffix") not in (None, suffix):
+        what = f"its CoTs were to end in '{record['suffix']}', not '{suffix}'"
+        return f"{what}; write them anew or set --suffix"
+    # A prompt that was rendered for other scores
+    if rendered and record.get("grid") not in (None, str(grid)):
+        return f"its prompt asks for the scores {record['grid']}, not {grid}; set --grid, or begin anew"
     # Lists that do not hold one entry a CoT, as score_probs of another grid
     scores = len(grid.tokens)
     entry_kinds = {
@@ -120,13 +127,19 @@ def not_in_prompt(record: dict) -> str | None:
     """Return the first field with a text that the prompt should contain and does not, white space aside."""
     prompt = " ".join(record["prompt"].split())
     for field, value in record.items():
-        if field in (*PARTS, "reference") or RESPONSES.fullmatch(field):
-            texts = value if isinstance(value, list) else [value]
-            if isinstance(value, dict):  # a rubric with a text a score
-                texts = value.values()
-            if not all(" ".join(text.split()) in prompt for text in texts if is_text(text)):
-                return field
+        should_be_seen = field in (*PARTS, "reference") or RESPONSES.fullmatch(field)
+        if should_be_seen and not all(" ".join(text.split()) in prompt for text in texts_in(value)):
+            return field
     return None
+
+
+def texts_in(value: Any) -> list[str]:
+    """Return all texts in a value: a response may be a list of messages, a rubric has a text a score."""
+    if isinstance(value, dict):
+        value = [content for key, content in value.items() if key != "role"]
+    if isinstance(value, list):
+        return [text for entry in value for text in texts_in(entry)]
+    return [value] if is_text(value) else []
 
 
 # The last sentence of a CoT as a verdict: its start, what leads up to a score, the score, nothing after it
@@ -134,14 +147,16 @@ START = r"(?:\A|\n|(?<=[.!?])(?<!No\.)\W)"
 WORDS = r"[^.!?\n]*"
 FEW_WORDS = r"[^.!?\n]{0,40}"
 SCORE = "scores?|rating|grade"
+GETS = "deserves|merits|earns|gets|receives|would be|hence|thus"
 LEADS = (
     r"[\W_]{0,20}",  # It is fine. **4**
     rf"{WORDS}\b(?:{SCORE}|marks?|verdict|overall)(?: *\([^()]*\))?\s*[^\w\s,(]\W*",  # Score (1-5): 4
     rf"{WORDS}\b(?:{SCORE})\b{FEW_WORDS}\bis (?:an? )?\W*",  # my score for it is 4
-    rf"{WORDS}\bI\b{FEW_WORDS}\b(?:give|rate|score|assign|award)\b{FEW_WORDS} \W*",  # I give it a 4
+    rf"{WORDS}\b(?:I|we)\b{FEW_WORDS}\b(?:give|rate|score|assign|award)\b{FEW_WORDS} \W*",  # I give it 4
+    rf"{WORDS}\b(?:{GETS}),? (?:an? )?(?:score (?:of )?)?\W*",  # it deserves a score of 4
 )
-DIGITS = r"\d+(?:\.\d+)?"
-UNIT = r"(?:\s*(?:/|out of)\s*\d+)?(?: points?| stars?)?"  # 4/5, 4 out of 5, 4 stars
+DIGITS = r"\d{1,3}(?:\.\d+)?"
+UNIT = r"(?:\W*(?:/|out of)\s*\d+)?(?: points?| stars?)?(?: *\([^()]*\))?"  # 4/5, 4 stars, 4 (good)
 END = r"(?:</\w+>|[\W_])*\Z"  # </score>, quotes, stops
 
 
@@ -151,7 +166,8 @@ def find_verdict(cot: str, grid) -> re.Match | None:
     "It does not meet the criteria for a score of 5" is no verdict, nor is an early "So the overall".
     """
     suffixes = "|".join(map(re.escape, (grid.suffix.strip(), SUFFIX.strip())))
-    announced = re.search(rf"{suffixes}|(?i:\[RESULT])|So the overall(?:[^.!?]|\.\d)*\W*\Z", cot)
+    overall = r"So the overall (?:score|rating|grade|quality|evaluation|assessment)(?:[^.!?]|\.\d)*\W*\Z"
+    announced = re.search(rf"{suffixes}|(?i:\[RESULT])|{overall}", cot)
     tokens = "|".join(map(re.escape, grid.tokens))
     closing = re.compile(f"{START}(?:{'|'.join(LEADS)})(?:{tokens}|{DIGITS}){UNIT}{END}", re.IGNORECASE)
     # Nowhere but at the end can it be, and the search is slow

@@ -107,6 +107,9 @@ class Output:
     def __init__(self, args):
         """Refuse an --out that is there already. Raises InputError."""
         runs.check_out(args)
+        self.run_json = Path(f"{str(args.out).removesuffix('.jsonl')}.run.json")
+        if self.run_json.exists() and not Path(f"{args.out}.part").exists():
+            raise InputError(f"{self.run_json}: is there already, and of another file; choose another --out")
         self.started = time.time()
         self.args = args
         self.at_once = args.batch_size  # sequences
@@ -119,7 +122,7 @@ class Output:
         self.records = [record for record in records if lengths[record["id"]] <= self.longest]
         if not self.records:
             what = f"all {len(records)} records are longer than {self.longest} tokens"
-            raise InputError(f"{self.args.data}: {what}")
+            raise InputError(f"{self.args.data}: {what}, the shortest has {min(lengths.values())}")
         self.longest_first = sorted(self.records, key=lambda record: -lengths[record["id"]])
         self.enable_thinking = enable_thinking(judge.tokenizer)
         self.part, self.settings, self.lock = runs.begin(self.args)
@@ -180,8 +183,7 @@ class Output:
                 unfinished.append(record["id"])
         facts = {"unfinished": len(unfinished), "sequences_at_once": self.at_once}
         facts |= {"enable_thinking": self.enable_thinking}
-        run_json = Path(f"{str(args.out).removesuffix('.jsonl')}.run.json")
-        runs.write_run(run_json, args, self.settings, self.started, **facts)
+        runs.write_run(self.run_json, args, self.settings, self.started, **facts)
         runs.write_whole(args.out, "".join(lines))  # last: where it is, everything is
         shutil.rmtree(self.part)
         self.lock.close()

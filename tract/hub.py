@@ -6,6 +6,7 @@ A name is an alias of MODELS, a folder, or a hub id. Of the hub's files only sma
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from tract.records import InputError
@@ -23,11 +24,23 @@ MODELS = {  # what `--model NAME` stands for; any other name is a folder or a hu
 }
 SMALL = ["run.json", "adapter_config.json", "config.json", "tokenizer_config.json"]
 ADAPTER = [*SMALL, "adapter_model.*", "tokenizer*", "*_tokens*", "chat_template*", "vocab*", "merges.txt"]
-READ = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", "adapter_model.bin")  # of a model's folder
+READ = [*SMALL, "*config.json", "*tokens*.json", "tokenizer*", "vocab*", "merges.txt"]  # of a model's folder
+READ += ["*.jinja", "*.model", "*.safetensors*", "adapter_model.bin"]
 
 
 def one_line(error: Exception, length: int = 200) -> str:
     return " ".join(str(error).split())[:length]
+
+
+def check_endpoint() -> None:
+    """Refuse an HF_ENDPOINT without scheme; an empty one counts as none. Raises InputError."""
+    endpoint = os.environ.get("HF_ENDPOINT", "").strip()
+    if not endpoint:
+        os.environ.pop("HF_ENDPOINT", None)  # the libraries would take an empty one at its word
+    elif not re.match(r"https?://[\w.-]+(:\d+)?(/|\Z)", endpoint):
+        raise InputError(
+            f"HF_ENDPOINT is {endpoint!r}; write it with its scheme, as in https://huggingface.co"
+        )
 
 
 def resolve(name: str) -> str:
@@ -67,6 +80,7 @@ def folder_of(name: str, offline: bool = False, files: list[str] = SMALL) -> Pat
     """
     if Path(name).is_dir():
         return Path(name)
+    check_endpoint()
     from huggingface_hub import snapshot_download
 
     try:
@@ -97,7 +111,7 @@ def read(name: str, file: str, offline: bool = False) -> dict:
 def trained(name: str, offline: bool = False) -> dict:
     """Return the arguments of the training that made a model; {} without a run.json of this repository."""
     arguments = read(name, "run.json", offline).get("arguments")
-    keys = ("grid", "suffix")  # others write a run.json, too
+    keys = ("grid", "suffix", "model")  # others write a run.json, too
     ours = isinstance(arguments, dict) and all(isinstance(arguments.get(key), str) for key in keys)
     return arguments if ours else {}
 

@@ -42,7 +42,7 @@ def load_tokenizer(name: str):
         raise InputError(f"{name}: a folder without config.json; give the --out of a training stage")
     borrows = base and not (folder / "tokenizer_config.json").is_file()
     try:
-        config = AutoConfig.from_pretrained(resolve(base or name)).get_text_config()
+        config = AutoConfig.from_pretrained(resolve(base or name), trust_remote_code=False).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(place_of(base if borrows else name))
     except Exception as error:  # transformers can raise anything
         raise refusal(name, error) from None

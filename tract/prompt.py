@@ -3,6 +3,7 @@
 On the scores 1 to 5 and with the suffix "[RESULT]" it is theirs to the letter.
 """
 
+import re
 from pathlib import Path
 
 TEMPLATE = (Path(__file__).parent / "prompt.txt").read_text("utf-8").strip()
@@ -53,7 +54,7 @@ def render_prompt(record: dict, grid) -> str:
 def rubric_text(rubric: dict, grid) -> str:
     """Put a rubric with a description a score into text: {"criteria": "…", "1": "…", "5": "…"}.
 
-    The keys are the grid's tokens or else its values; "score1_description" is prometheus-eval's name of "1".
+    The keys are the grid's tokens or else its values, also as "Score 1" or "score1_description".
     Scores between the first and the last may be left out, or all. Raises ValueError.
     """
     for key in ("criteria", *rubric):
@@ -62,7 +63,7 @@ def rubric_text(rubric: dict, grid) -> str:
     texts = {}
     for key, text in rubric.items():
         if key != "criteria":
-            texts[key.removeprefix("score").removesuffix("_description")] = text
+            texts[re.sub(r"(?i)\Ascore[ _]?|_description\Z|\.0\Z", "", key)] = text
     names = grid.tokens if set(texts) <= set(grid.tokens) else [f"{value:.12g}" for value in grid.values]
     if texts and not {names[0], names[-1]} <= set(texts) <= set(names):
         scores = f"{', '.join(grid.tokens)}: describe the first and the last of them, and no others"

@@ -189,4 +189,6 @@ def tidy(record: dict, number: int) -> dict:
     for field in ("id", "pair"):
         if type(record.get(field)) is int:
             record[field] = str(record[field])
+    if isinstance(record.get("ratings"), list):  # of raters who gave none
+        record["ratings"] = [rating for rating in record["ratings"] if rating is not None] or None
     return {field: value for field, value in record.items() if value is not None or field not in EXTRAS}

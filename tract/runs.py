@@ -87,7 +87,7 @@ def write_run(path: Path, args: argparse.Namespace, settings: dict, started: flo
         "inputs": {name: value for name, value in settings.items() if name.startswith(inputs)},
         **facts,
     }
-    write_whole(path, json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
+    write_whole(path, json.dumps(run, indent=2, default=str) + "\n")
 
 
 def begin(args: argparse.Namespace) -> tuple[Path, dict, IO]:
@@ -99,14 +99,17 @@ def begin(args: argparse.Namespace) -> tuple[Path, dict, IO]:
     if part.is_file() or (foreign and not settings_file.is_file()):
         raise InputError(f"{part}: is there already and no run made it; choose another --out")
     part.mkdir(parents=True, exist_ok=True)
-    lock = open(part / "lock", "ab")
+    lock_file = part / "lock"
+    lock = open(lock_file, "ab")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         what = "another process is writing this output; wait, or choose another"
         raise InputError(f"{lock.name}: {what}") from None
     check_out(args)  # again, for another process may have finished it
-    earlier = read_json(settings_file) or settings
+    # Where nothing was done yet, anything may have changed: a model that could not be loaded was mended
+    nothing_done = {path.name for path in part.glob("*")} <= {lock_file.name, settings_file.name}
+    earlier = settings if nothing_done else read_json(settings_file) or settings
     for key in earlier | settings:
         if earlier.get(key) != settings.get(key):
             what = f"{key} was {earlier.get(key)!s:.40}, is {settings.get(key)!s:.40}"
@@ -129,6 +132,9 @@ def check_out(args: argparse.Namespace) -> None:
     """Refuse an --out that is there already: nothing is ever written over. Raises InputError."""
     if os.path.lexists(args.out) and not getattr(args, "dry_run", False):
         raise InputError(f"{args.out}: is there already; choose another --out, or remove it")
+    for parent in Path(args.out).absolute().parents:
+        if parent.exists() and not parent.is_dir():
+            raise InputError(f"{args.out}: {parent} is a file, no folder; choose another --out")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -172,7 +178,10 @@ def add_common_arguments(parser: argparse.ArgumentParser, bf16: bool) -> None:
 def choose_grid(args: argparse.Namespace) -> Grid:
     """Return the grid asked for, else the checkpoint's or the default. Raises InputError."""
     made = hub.trained(args.model)
-    default = Grid.parse(made["grid"], made["suffix"]) if made else Grid()
+    try:
+        default = Grid.parse(made["grid"], made["suffix"]) if made else Grid()
+    except InputError as error:
+        raise InputError(f"{args.model}: its run.json is not ours, or broken ({error}); remove it") from None
     suffix = default.suffix if args.suffix is None else args.suffix
     grid = Grid.parse(args.grid or str(default), suffix)
     if made and grid != default:

@@ -51,6 +51,8 @@ def find_grid(path: str, grid: str | None, renormalise: bool) -> tuple[Grid, boo
     Rows of older versions do not; NAME.run.json does, or else the options `grid` and `renormalise`.
     Raises InputError where nothing does, or rows differ.
     """
+    if not Path(path).exists():
+        raise InputError(f"{path}: no such file; give a JSONL file of predict.py")
     if not Path(path).is_file() or path.encode(errors="replace").decode() != path:
         raise InputError(f"{path}: no plain file with a name in UTF-8; give a JSONL file of predict.py")
     first = None
@@ -65,9 +67,13 @@ def find_grid(path: str, grid: str | None, renormalise: bool) -> tuple[Grid, boo
                 noted = {} if row.get("grid") else read_run_json(path)
             text = row.get("grid") or noted.get("grid") or grid
             if text is None:
-                raise InputError(f"{where}: no 'grid' in it; say which with --grid, as in 1,2,3,4,5")
+                options = "--grid, as in 1,2,3,4,5, and with --renormalise if predict.py had it"
+                raise InputError(f"{where}: no 'grid' in it; say which with {options}")
             renormalised = row.get("renormalised") or noted.get("renormalise") or renormalise
-            found = (Grid.parse(str(text)), bool(renormalised))
+            try:
+                found = (Grid.parse(str(text)), bool(renormalised))
+            except InputError as error:
+                raise InputError(f"{where}: its 'grid' is none ({error})") from None
             if first is None:
                 first = found
             if found != first:
