@@ -194,7 +194,7 @@ def write_cots(judge: Judge, records: list[dict], prompts: list, args, at_once: 
             # Half a character, where a CoT was cut off, takes more ids than were written: leave it out
             text = text[:-1]
             wanted = prefix_ids(judge.tokenizer, prompt, text, judge.grid)
-        if wanted != prompt + ids:
-            scores = None  # a CoT without suffix, or one that training would encode otherwise: read it again
-        cots.append(Cot(text.strip(), bool(found_suffix), wanted, scores))
+        # A CoT without suffix, or one that training would encode otherwise, has to be read again
+        valid_scores = scores if wanted == prompt + ids else None
+        cots.append(Cot(text.strip(), bool(found_suffix), wanted, valid_scores))
     return [cots[start : start + num_cots] for start in range(0, len(cots), num_cots)]
