@@ -195,6 +195,6 @@ def write_cots(judge: Judge, records: list[dict], prompts: list, args, at_once: 
             text = text[:-1]
             wanted = prefix_ids(judge.tokenizer, prompt, text, judge.grid)
         # A CoT without suffix, or one that training would encode otherwise, has to be read again
-        still_holds = wanted == prompt + ids
-        cots.append(Cot(text.strip(), bool(found_suffix), wanted, scores if still_holds else None))
+        valid_scores = scores if wanted == prompt + ids else None
+        cots.append(Cot(text.strip(), bool(found_suffix), wanted, valid_scores))
     return [cots[start : start + num_cots] for start in range(0, len(cots), num_cots)]
