@@ -40,7 +40,7 @@ BAD_LINES = {  # what the message says → second lines of a file
     "'rubric' describes 1, 4; the scores": [OWN | {"rubric": {"criteria": "Good?", "1": "x", "4": "y"}}],
     "does not contain the text of": [NEXT | {field: ["p", "Hello."]} for field in BESIDE] + [NEXT | OWN],
     "'chosen' is \"Hello.\", not true or false; data/pairs/prepare.py": [NEXT | {"chosen": "Hello."}],
-    "not a list of numbers": [NEXT | {"ratings": x} for x in (4, [], [4, None], ["4"], {"a": 4}, [True])],
+    "not a list of numbers": [NEXT | {"ratings": x} for x in (4, ["4"], {"a": 4}, [True])],
     "not a number above 0": [NEXT | {"weight": x} for x in (0, -1, "1", [1], True)],
     "'renormalised' is 1, not true or false": [JUDGED | {"id": "b", "renormalised": 1}],
     "'prediction' is missing": [JUDGED | {"id": "b", "prediction": None, "renormalised": False}],

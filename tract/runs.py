@@ -109,7 +109,9 @@ def begin(args: argparse.Namespace) -> tuple[Path, dict, IO]:
     check_out(args)  # again, for another process may have finished it
     # Where nothing was done yet, anything may have changed: a model that could not be loaded was mended
     nothing_done = {path.name for path in part.glob("*")} <= {lock_file.name, settings_file.name}
-    earlier = settings if nothing_done else read_json(settings_file) or settings
+    earlier = read_json(settings_file)
+    if nothing_done or not earlier:
+        earlier = settings
     for key in earlier | settings:
         if earlier.get(key) != settings.get(key):
             what = f"{key} was {earlier.get(key)!s:.40}, is {settings.get(key)!s:.40}"

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tract import runs
+from tract.hub import sha256
 from tract.records import Grid, InputError, parse_line, predicted, read_records
 
 
@@ -98,7 +99,7 @@ def describe(path: str, file: Predictions, common: Predictions) -> dict:
     predicted_too = [row for row in scored if row["prediction"] is not None]
     finished = [flag for row in rows for flag in row["finished"]]
     return {
-        "sha256": runs.sha256(path),
+        "sha256": sha256(path),
         "grid": str(grid),
         "renormalised": rows[0]["renormalised"],
         "records": len(file.rows),
