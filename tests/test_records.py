@@ -38,7 +38,13 @@ BAD_LINES = {  # what the message says → second lines of a file
     "'rubric' has no text in 'criteria'": [OWN | {"rubric": {"1": "No."}}],
     "'rubric' describes 1, 5, 6; the scores": [OWN | {"rubric": OWN["rubric"] | {"6": "x"}}],
     "'rubric' describes 1, 4; the scores": [OWN | {"rubric": {"criteria": "Good?", "1": "x", "4": "y"}}],
-    "does not contain the text of": [NEXT | {field: ["p", "Hello."]} for field in BESIDE] + [NEXT | OWN],
+    "does not contain the text of": [NEXT | {field: ["p", "Hello."]} for field in BESIDE]
+    + [
+        NEXT | OWN,
+        NEXT | {"student_answer": "Hi."},
+        NEXT | {"response": [{"role": "user", "content": "Hi."}]},
+    ],
+    "its prompt asks for the scores A=1,B=5, not 1=1,": [NEXT | {"response": "p", "grid": "A=1,B=5"}],
     "'chosen' is \"Hello.\", not true or false; data/pairs/prepare.py": [NEXT | {"chosen": "Hello."}],
     "not a list of numbers": [NEXT | {"ratings": x} for x in (4, ["4"], {"a": 4}, [True])],
     "not a number above 0": [NEXT | {"weight": x} for x in (0, -1, "1", [1], True)],
@@ -120,11 +126,12 @@ def test_the_prompt_asks_for_the_scores_and_the_words_that_are_waited_for(grid):
 VERDICTS = """[RESULT] 4 | A [result] b. | So the overall score is good. | So the overall: 3 | Score: 4
 **4** | 4 | It is fine. 4 | Rating: 4/5. | I give it a 4 out of 5 | Overall score: 4. | **Score:** 4
 Final Score (1-5): 4.5 | I'd rate this response 4/5. | Rating: [[4]] | <score>4</score> | {"score": 4}
-My score for it is a 4. | The overall score is 4 | Fine. 4 stars | Fine.⏎4⏎ | Fine!⏎⏎###Score: 4"""
+My score for it is a 4. | It deserves a score of 4. | This response would be a Score 2. | Score: 4 (good)
+Final Score: **4**/5 | The overall score is 4 | Fine. 4 stars | Fine.⏎4⏎ | Fine!⏎⏎###Score: 4"""
 REASONS = """A man / A man: same, 5. | same, 4. Only in 2: in 4. | It is about COVID-19. | Meets a score of 5.
 Overall the sum is 4. | So the overall tone is kind. But it is short. | It answers part 4.
 Right steps: 3 | Ranked No. 4. | Dated 1. May 2020. | Not a perfect score (5). | 2 + 2 is 4.
-the score 4 criteria. | score: high"""
+the score 4 criteria. | score: high | So the overall idea is right. | Its chess rating is 2000."""
 
 
 def test_a_cot_that_gives_its_score_away_is_refused_and_reasoning_is_not(lab):

@@ -189,6 +189,23 @@ def test_nothing_that_is_there_is_touched(lab):
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
 
 
+def test_what_belongs_to_another_file_or_can_not_be_a_folder_is_refused_at_once(lab):
+    """NAME.run.json goes with NAME and NAME.jsonl alike."""
+    run = [
+        "predict",
+        "--model",
+        TINY_SEED,
+        "--no-cot",
+        "--data",
+        lab.write("few.jsonl", lab.rows[:2]),
+        "--out",
+    ]
+    lab.run(*run, lab.path / "x.jsonl")
+    assert "x.run.json: is there already" in lab.fail(*run, lab.path / "x")[1]
+    code, said = lab.fail(*run, lab.path / "few.jsonl/out.jsonl")
+    assert code == 2 and "few.jsonl is a file, no folder" in said
+
+
 def test_without_git_in_a_log_file_and_clip_0(lab):
     """Run without git, write few lines of progress to a log, and train with --clip 0."""
     arguments = ["--data", lab.write("train.jsonl", lab.rows[:64]), "--out", lab.path / "out", "--clip", "0"]

@@ -102,7 +102,8 @@ def check_model(name: str, model) -> None:
     ids = torch.arange(1, 6, device=device())[None]
     logits = model(ids).logits[0]
     if not logits.isfinite().all():
-        raise InputError(f"{name}: its weights give logits that are not finite; get the files anew, or train with a lower --lr")
+        what = "its weights give logits that are not finite"
+        raise InputError(f"{name}: {what}; get the files anew, or train with a lower --lr")
     by_our_head = head(model, model.get_decoder()(ids).last_hidden_state)[0]
     if not torch.allclose(by_our_head, logits, rtol=1e-2, atol=1e-2):
         raise InputError(f"{name}: scales or caps its logits after the head; choose another model")
