@@ -4,16 +4,17 @@
 
 Writes metrics.json and figure.png to --out and prints tables, for the prediction (CoT-RAIL) and the decoded
 score. Several files are compared with the first, on the records they share and the same resamples of them.
-Records without a score, or without a prediction (renormalised, no mass on the grid), are left out, counted.
---pairs judges pairs of records (data/pairs/prepare.py) by these scores instead, as pairs.py says.
+Records without a score, or without a prediction (--renormalise found no mass on the grid), are left out; the
+report counts them. Where records have the `ratings` of several people, each rater, and the judge in a rater's
+place, is compared with the mean of the others. --pairs judges pairs of records instead (tract/pairs.py).
 
     pearson, spearman, kendall, rmse, mae
     spread        standard deviation of the predictions over that of the true scores
-    kappa         quadratic weighted kappa of both scores, rounded to the grid
+    kappa         quadratic weighted kappa of predicted and true score, each rounded to the grid
     exact, within_one
                   share of records on which these agree, or differ by at most one grid point
-    length_bias   correlation of prediction and length of the response, given the true score; for records
-                  that have a `response`
+    length_bias   correlation of prediction and length of the response (in characters), given the true score;
+                  for records that have a `response`
     ties          share of the pairs of records that are given the same score
 """
 
@@ -74,16 +75,19 @@ def length_bias(p: np.ndarray, y: np.ndarray, length: np.ndarray) -> float:
     r_py = correlation(stats.pearsonr, p, y)
     r_ly = correlation(stats.pearsonr, length, y)
     unexplained = (1 - r_py**2) * (1 - r_ly**2)
-    return (r_pl - r_py * r_ly) / math.sqrt(unexplained) if unexplained > 1e-12 else math.nan
+    if unexplained <= 1e-12:  # the true score explains prediction or length altogether
+        return math.nan
+    return (r_pl - r_py * r_ly) / math.sqrt(unexplained)
 
 
 def ties(p: np.ndarray) -> float:
     """Return the share of the n(n − 1)/2 pairs of records that are given the same score."""
     _, counts = np.unique(p, return_counts=True)
-    return float((counts * (counts - 1)).sum() / max(len(p) * (len(p) - 1), 1))
+    n_pairs = len(p) * (len(p) - 1)  # each counted twice, as above the line
+    return float((counts * (counts - 1)).sum() / n_pairs) if n_pairs else 0.0
 
 
-def against_others(rows: list[dict], kind: str = "") -> dict | None:
+def against_others(rows: list[dict], kind: str | None = None) -> dict | None:
     """Return r (None where undefined) and RMSE of each rater against the mean of a record's other raters.
 
     None where no record has several `ratings`. kind: put this prediction (one of KINDS) in the rater's place.
@@ -95,7 +99,7 @@ def against_others(rows: list[dict], kind: str = "") -> dict | None:
         if len(ratings) < 2:
             continue
         for k, rating in enumerate(ratings):
-            scores.append(row[kind] if kind else rating)
+            scores.append(rating if kind is None else row[kind])
             means_of_others.append(np.mean(ratings[:k] + ratings[k + 1 :]))
     if not scores:
         return None
@@ -110,7 +114,7 @@ def against_others(rows: list[dict], kind: str = "") -> dict | None:
 def draw_resamples(n: int, resamples: int, seed: int) -> np.ndarray:
     """Return the indices (1 + resamples, n) of the records in each resample; row 0 is the data itself."""
     drawn = np.random.default_rng(seed).integers(0, n, (resamples, n))
-    return np.concatenate([np.arange(n)[None], drawn])
+    return np.vstack([np.arange(n), drawn])
 
 
 def bootstrap(file: Predictions, kind: str, picks: np.ndarray) -> dict[str, np.ndarray]:
@@ -137,7 +141,8 @@ def bootstrap(file: Predictions, kind: str, picks: np.ndarray) -> dict[str, np.n
 def interval(samples: np.ndarray) -> dict:
     """Return the value on the data (entry 0) and the 95 % percentile interval; None where undefined."""
     value = samples[0]
-    resampled = samples[1:][np.isfinite(samples[1:])]
+    resampled = samples[1:]
+    resampled = resampled[np.isfinite(resampled)]
     if not math.isfinite(value) or len(resampled) == 0:
         return {"value": None, "low": None, "high": None}
     low, high = np.percentile(resampled, [2.5, 97.5])
@@ -146,14 +151,16 @@ def interval(samples: np.ndarray) -> dict:
 
 # The comparison: all files on the same records, and on the same resamples of them
 def keep_common(files: dict[str, Predictions]) -> dict[str, Predictions]:
-    """Return of every file (path → records) the records that have score and prediction in all of them.
+    """Return of every file, by its path, the records that have score and prediction in all of them.
 
     Raises InputError where there is no such record, or where the files do not agree on the true scores.
     """
     usable = {}  # path → id → record
     for path, (rows, _) in files.items():
-        scored = [row for row in rows if row.get("score") is not None]
-        usable[path] = {row["id"]: row for row in scored if row["prediction"] is not None}
+        usable[path] = {}
+        for row in rows:
+            if row.get("score") is not None and row["prediction"] is not None:
+                usable[path][row["id"]] = row
     first = next(iter(files))
     ids = [id for id in usable[first] if all(id in records for records in usable.values())]
     if not ids:
@@ -169,7 +176,7 @@ def keep_common(files: dict[str, Predictions]) -> dict[str, Predictions]:
 def compare(files: dict, common: dict[str, Predictions], resamples: int, seed: int) -> dict:
     """Return what metrics.json holds: all metrics of every file, and their differences to the first file.
 
-    files, common: path → all its records, and those that are compared.
+    files: all records of each file, by its path; common: those that are compared, as keep_common returns them.
     """
     first = next(iter(common))
     n = len(common[first].rows)
@@ -187,7 +194,8 @@ def compare(files: dict, common: dict[str, Predictions], resamples: int, seed: i
             for name, values in samples.items():
                 entry[kind][name] = interval(values)
                 if name in reference[kind]:  # length_bias may be missing there
-                    entry["difference"][kind][name] = interval(values - reference[kind][name])
+                    difference = values - reference[kind][name]  # 0 for the first file itself
+                    entry["difference"][kind][name] = interval(difference)
             entry[kind]["ties"] = ties(np.array([row[kind] for row in file.rows]))
         entry["against_others"] = against_others(file.rows, "prediction")
         report["files"][path] = entry
@@ -208,25 +216,26 @@ def show(report: dict, common: dict[str, Predictions]) -> None:
         print(f"   {unfinished}, {tied}, {off_grid_line(*common[path])}")
     print()
     kinds = KINDS if len(files) <= 2 else KINDS[:1]
-    one_rater = report["one_rater"]
-    raters = {"one rater": one_rater}
+    if report["one_rater"]:
+        raters = {"one rater": report["one_rater"]}
+        for number, entry in enumerate(files.values(), 1):
+            if entry["against_others"]:
+                raters[str(number)] = entry["against_others"]
+        head = [f"{report['one_rater']['ratings']} ratings, against the mean of the others", "r", "RMSE"]
+        print_table(head, [[name, rater["pearson"], rater["rmse"]] for name, rater in raters.items()])
     metrics = {}
     differences = {}
     for number, entry in enumerate(files.values(), 1):
-        if entry["against_others"]:
-            raters[str(number)] = entry["against_others"]
         for kind in kinds:
             metrics[f"{number} {kind}"] = entry[kind]
             if number > 1:
                 differences[f"{number} {kind}"] = entry["difference"][kind]
-    if one_rater:
-        head = [f"{one_rater['ratings']} ratings, against the mean of the others", "r", "RMSE"]
-        print_table(head, [[name, rater["pearson"], rater["rmse"]] for name, rater in raters.items()])
     print_columns(metrics)
     if differences:
         print("Difference to 1 on the same records\n")
         print_columns(differences)
-        print(f"lowest RMSE: {min(files, key=lambda path: files[path]['prediction']['rmse']['value'])}")
+        best = min(files, key=lambda path: files[path]["prediction"]["rmse"]["value"])
+        print(f"lowest RMSE: {best}")
 
 
 def main() -> None:
@@ -234,7 +243,7 @@ def main() -> None:
     add = parser.add_argument
     add("predictions", nargs="*", default=["out/predictions.jsonl"], help="JSONL files of predict.py")
     add("--out", type=Path, default=Path("out/eval"), help="folder for metrics.json and figure.png")
-    add("--grid", help="the same scores with other values; None: the grid that the file says")
+    add("--grid", help="other values for the same score tokens; None: the grid that the file says")
     add("--cots", type=runs.COUNT, help="use the first so many CoTs of each record; None: all")
     add("--pairs", action="store_true", help="judge pairs of records, told by `pair` and `chosen`")
     add("--renormalise", action="store_true", help="divide expected scores by their mass on the grid")

@@ -3,8 +3,9 @@
     python gen_cot.py --model out/run/stage1 --data train.jsonl --out out/run/cots.jsonl
 
 p_s, trained on people's CoTs in stage 1, has to judge by its own. So stage 2 learns from those: each record
-gets a CoT as p_s samples it, good or bad, and keeps the score that people gave. A CoT ends where it reaches
-the suffix ("So the overall score is"); one that ends otherwise is marked as not `finished`.
+gets a CoT as p_s samples it, good or bad, and keeps the score that people gave (--num-cots N: N of them, each
+an example of its own in stage 2). A CoT ends where it reaches the suffix ("So the overall score is"); one that
+ends otherwise is marked as not `finished`, and stage 2 leaves it out.
 
 Interrupted, the same command goes on. The sampling itself is tract/writing.py, the files are tract/files.py.
 """
@@ -18,7 +19,7 @@ from tract.writing import load_judge, write_cots
 def main() -> None:
     parser = make_parser(__doc__, model="out/stage1", data="train.jsonl", out="out/cots.jsonl")
     args = parser.parse_args()
-    args.grid = runs.choose_grid(args)
+    args.grid = runs.choose_grid(args)  # a Grid: that of --grid, else the one that p_s was trained on
     output = Output(args)
     records = read_data(args, needs=("id", "prompt", "score"))
     p_s = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
@@ -26,17 +27,21 @@ def main() -> None:
     for record in tokenising(records):
         prompts[record["id"]] = prompt_ids(p_s.tokenizer, record["prompt"])
 
-    grid_and_suffix = {"grid": str(args.grid), "suffix": args.grid.suffix.strip()}
-    output.begin(p_s, records, lengths={id: len(prompt) for id, prompt in prompts.items()})
+    lengths = {id: len(prompt) for id, prompt in prompts.items()}
+    output.begin(p_s, records, lengths)  # leaves out what is too long, goes on after what is finished
     for chunk in output.chunks():
-        with output.halving():  # if memory runs out, the chunk comes again with fewer sequences at a time
+        with output.halving():  # catches that memory runs out: the next chunk is this one, in smaller batches
             chunk_prompts = [prompts[record["id"]] for record in chunk]
             written = write_cots(p_s, chunk, chunk_prompts, args, output.at_once)
             for record, cots in zip(chunk, written, strict=True):
-                # Each cot.scores, what p_s thinks of it, is dropped; the record keeps its true score
-                texts = [cot.text for cot in cots]
-                finished = [cot.finished for cot in cots]
-                output.add(record, {"cots": texts, "finished": finished, **grid_and_suffix})
+                # What p_s would give as a score (cot.scores) is dropped; the record keeps its true score
+                fields = {
+                    "cots": [cot.text for cot in cots],
+                    "finished": [cot.finished for cot in cots],
+                    "suffix": args.grid.suffix.strip(),  # stage 2 has to train on the same one
+                    "grid": str(args.grid),
+                }
+                output.add(record, fields)
     output.finish()
 
 
