@@ -176,7 +176,7 @@ def keep_common(files: dict[str, Predictions]) -> dict[str, Predictions]:
 def compare(files: dict, common: dict[str, Predictions], resamples: int, seed: int) -> dict:
     """Return what metrics.json holds: all metrics of every file, and their differences to the first file.
 
-    files: all records of each file, by its path; common: those that are compared, as keep_common returns them.
+    files: all records of each file, by its path. common: those that are compared, from keep_common.
     """
     first = next(iter(common))
     n = len(common[first].rows)

@@ -3,9 +3,9 @@
     python gen_cot.py --model out/run/stage1 --data train.jsonl --out out/run/cots.jsonl
 
 p_s, trained on people's CoTs in stage 1, has to judge by its own. So stage 2 learns from those: each record
-gets a CoT as p_s samples it, good or bad, and keeps the score that people gave (--num-cots N: N of them, each
-an example of its own in stage 2). A CoT ends where it reaches the suffix ("So the overall score is"); one that
-ends otherwise is marked as not `finished`, and stage 2 leaves it out.
+gets a CoT as p_s samples it, good or bad, and keeps the score that people gave. With --num-cots N it gets N,
+each an example of its own in stage 2. A CoT ends where it reaches the suffix ("So the overall score is"); one
+that ends otherwise is marked as not `finished`, and stage 2 leaves it out.
 
 Interrupted, the same command goes on. The sampling itself is tract/writing.py, the files are tract/files.py.
 """

@@ -20,21 +20,20 @@ class Rail(NamedTuple):
 def rail(logits: Tensor, *, score_ids: Tensor, score_values: Tensor) -> Rail:
     """Return the regression-aware prediction (RAIL): the expected score under the next-token distribution.
 
-        ŷ = Σ_v p(str(v) | x, CoT) · v        the paper's RAIL predictor; with a sampled CoT, its CR predictor
+        ŷ = Σ_v p(str(v) | x, CoT) · v        the paper's RAIL; with a sampled CoT, its CR predictor
 
     logits        (..., V)  at the position that predicts the score, any float type
     score_ids     (S,)      token ids of the score grid
     score_values  (S,)      what those tokens are worth, ascending
 
-    The softmax runs over the whole vocabulary and is not renormalised over the scores. All of it is computed
-    in fp32 at least, under autocast too, which would round a matrix product to bf16.
+    The softmax runs over the whole vocabulary and is not renormalised over the scores, in fp32 at least.
 
     Worked example: V = 4, the scores 1 and 5 are the tokens 2 and 3, and the logits are log [.1, .1, .2, .6].
     Then ŷ = .2 · 1 + .6 · 5 = 3.2, with an off-grid mass of .2.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     probs = logits.softmax(-1)[..., score_ids]  # (..., S)
-    expected = (probs * score_values.to(probs.dtype)).sum(-1)
+    expected = (probs * score_values.to(probs.dtype)).sum(-1)  # autocast would round probs @ values to bf16
     return Rail(expected, 1 - probs.sum(-1), probs)
 
 
@@ -74,7 +73,8 @@ def cot_raft_loss(
     score_ce      what CE sees at the score: token, the grid token nearest to y* (the formula); two-hot, y*
                   split between two tokens, −Σ_v t(v) log p(str(v)) with t = `two_hot`; or none (the authors'
                   code). token and two-hot punish off-grid mass.
-    ce_sum        sum the CE over a sequence (the formula) instead of taking the mean over tokens (the code)
+    ce_sum        sum the CE over a sequence (the formula) instead of taking the mean over tokens (the code):
+                  divide by sequences instead of tokens
     n_tokens      CE tokens of the whole optimiser step, n_sequences its sequences: with these as divisors the
                   micro-batches of a step add up to the same however it is split. Default: this batch's own.
 
@@ -84,18 +84,22 @@ def cot_raft_loss(
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     score_logits = logits[is_score]  # (B, V)
-    true_scores = true_scores[is_score].to(logits.dtype)  # (B,)
+    y = true_scores[is_score].to(logits.dtype)  # (B,)
+    if n_sequences is None:
+        n_sequences = len(y)
 
     nll = F.cross_entropy(logits, targets, reduction="none")  # (R,)
     if score_ce == "two-hot":
-        nll = nll.masked_scatter(is_score, two_hot_ce(score_logits, true_scores, score_ids, score_values))
-    if score_ce == "none":
-        nll = nll[~is_score]
-    n_sequences = len(true_scores) if n_sequences is None else n_sequences
-    n_tokens = len(nll) if n_tokens is None else n_tokens
-    ce = nll.sum() / max(n_sequences if ce_sum else n_tokens, 1)
+        nll = nll.clone()
+        nll[is_score] = two_hot_ce(score_logits, y, score_ids, score_values)
+    elif score_ce == "none":
+        nll = nll[~is_score]  # (R − B,)
+    if n_tokens is None:
+        n_tokens = len(nll)
+    divisor = n_sequences if ce_sum else n_tokens
+    ce = nll.sum() / max(divisor, 1)  # a micro-batch without such tokens has none
 
-    penalties = penalty_of(penalty, score_logits, true_scores, score_ids, score_values)  # (B,)
+    penalties = penalty_of(penalty, score_logits, y, score_ids, score_values)  # (B,)
     mean_penalty = penalties.sum() / max(n_sequences, 1)
     return Loss(ce_weight * ce + lam * mean_penalty, ce.detach(), mean_penalty.detach())
 
@@ -107,8 +111,8 @@ def penalty_of(
 
     squared  (Σ_v p(v) · v − y)², RAFT's. Least where the expected score is the mean of y. Mass off the grid
              is worth 0, and so is punished.
-    rps      Σ_k (v_k+1 − v_k) · (P_k − T_k)², the ranked probability score (Epstein 1969), with P and T the
-             cumulated p and two_hot(y). Proper: least where p is the distribution of y, not its mean alone.
+    rps      Σ_k (v[k+1] − v[k]) · (P[k] − T[k])², the ranked probability score (Epstein 1969), with P and T
+             the cumulated p and two_hot(y). Proper: least where p is the distribution of y, not its mean alone.
     ntl      Σ_v p(v) · |v − y|, the number-token loss (arXiv 2411.02083). Least at a median of y.
 
     For rps and ntl, p is renormalised over the scores: off-grid mass costs nothing here, only in the CE.
@@ -123,12 +127,13 @@ def penalty_of(
     if kind == "ntl":
         distances = (score_values - true_scores[:, None]).abs()  # (B, S)
         return (probs * distances).sum(-1)
+    # rps
     gaps = (probs - two_hot(true_scores, score_values)).cumsum(-1)  # P − T, (B, S); the last is 0
     return (gaps[:, :-1].square() * score_values.diff()).sum(-1)
 
 
 def two_hot_ce(logits: Tensor, true_scores: Tensor, score_ids: Tensor, score_values: Tensor) -> Tensor:
-    """Return −Σ_v t(v) log p(str(v)), (B,), with t = `two_hot`: CE with a target that keeps y's mean."""
+    """Return −Σ_v t(v) log p(str(v)), (B,), with t = `two_hot`: CE with a target whose mean is y."""
     log_probs = logits.log_softmax(-1)[:, score_ids]  # (B, S)
     return -(two_hot(true_scores, score_values) * log_probs).sum(-1)
 
@@ -138,12 +143,12 @@ def two_hot(true_scores: Tensor, score_values: Tensor) -> Tensor:
 
     Worked example: on the grid 1, 5 a true score of 4 becomes (.25, .75); on the grid 1, 3, 5, (0, .5, .5).
     """
+    # The first grid point that is not below the score; at least the second, to have one on its left
     right = torch.searchsorted(score_values, true_scores).clamp(1, len(score_values) - 1)  # (B,)
     left = right - 1
-    weight = (true_scores - score_values[left]) / (
-        score_values[right] - score_values[left]
-    )  # of the right one
-    shares = weight.new_zeros(len(true_scores), len(score_values))
-    shares.scatter_(1, left[:, None], 1 - weight[:, None])
-    shares.scatter_(1, right[:, None], weight[:, None])
+    gap = score_values[right] - score_values[left]
+    right_share = (true_scores - score_values[left]) / gap
+    shares = right_share.new_zeros(len(true_scores), len(score_values))
+    shares.scatter_(1, left[:, None], 1 - right_share[:, None])
+    shares.scatter_(1, right[:, None], right_share[:, None])
     return shares

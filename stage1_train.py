@@ -33,7 +33,7 @@ from tract.models import TINY_SEED, autocast, device, score_logits
 from tract.records import ROOT, InputError
 from tract.runs import COUNT, SHARE, WEIGHT, Fault
 
-PAPER = dict(lr=1e-5, epochs=2, batch_size=1, accumulation=8, warmup=0.1, weight_decay=0.0)  # its appendix
+PAPER = dict(lr=1e-5, epochs=2, batch_size=1, accumulation=8, warmup=0.1, weight_decay=0.0)
 EMBEDDED = dict(lr=1e-3, epochs=4, batch_size=16, accumulation=1, warmup=0.05, weight_decay=0.01)
 LORA_BY_DEFAULT = ("mistral-7b", "llama-3.1-8b", "prometheus-2-7b", "qwen3-8b")
 LOGITS = 2**24  # logits held at a time: 64 MiB in fp32, and three times that with what the loss makes of them
@@ -79,12 +79,14 @@ def supervised_states(model, batch: dict[str, Tensor], bf16: bool) -> Tensor:
 def loss_in_parts(model, states: Tensor, batch: dict, loss: Callable, bf16: bool) -> Iterator[Loss]:
     """Yield the loss of a few supervised positions at a time: no more than LOGITS logits exist at once."""
     size = max(1, LOGITS // model.config.get_text_config().vocab_size)
+    score_ids = loss.keywords["score_ids"]  # loss is a partial of cot_raft_loss, which has them
     for start in range(0, len(states), size):
-        part = slice(start, start + size)
-        labels = {name: batch[name][part] for name in ("targets", "is_score", "true_scores")}
+        positions = slice(start, start + size)
+        labels = {name: batch[name][positions] for name in ("targets", "is_score", "true_scores")}
         with autocast(bf16):
-            found = loss(score_logits(model, states[part], loss.keywords["score_ids"]), **labels)
-        yield found
+            # The head, in fp32 for the score tokens: bf16 would blur the score distribution
+            part = loss(score_logits(model, states[positions], score_ids), **labels)
+        yield part
 
 
 def accumulate_gradients(model, window: list[Example], loss: Callable, pad_id: int, args) -> Tensor:
@@ -94,7 +96,7 @@ def accumulate_gradients(model, window: list[Example], loss: Callable, pad_id: i
     split into micro-batches.
     """
     n_tokens = sum(example.supervised for example in window)
-    if args.score_ce == "none":
+    if args.score_ce == "none":  # CE then skips the score of each sequence
         n_tokens -= len(window)
     loss = partial(loss, n_tokens=n_tokens, n_sequences=len(window))
     sums = torch.zeros(3, device=device())
@@ -105,7 +107,7 @@ def accumulate_gradients(model, window: list[Example], loss: Callable, pad_id: i
         # exist at once, which is gigabytes. So cut the graph between decoder and head, go through the head a
         # few positions at a time, adding up the gradient of the states, and send that through the decoder.
         cut = states.detach().requires_grad_()
-        cut.grad = torch.zeros_like(cut)
+        cut.grad = torch.zeros_like(cut)  # a process that has no work left has no positions at all
         for part in loss_in_parts(model, cut, batch, loss, args.bf16):
             part.total.backward()
             sums += torch.stack([part.total.detach(), part.ce, part.penalty])
@@ -113,16 +115,20 @@ def accumulate_gradients(model, window: list[Example], loss: Callable, pad_id: i
     return sums
 
 
-def train(args, model, plan: list, held_out: list[Example], loss: Callable, pad_id: int, folder: Path) -> int:
-    """Take one optimiser step for each window of the plan, and log it to folder/log.jsonl.
+def train(
+    args, model, plan: list[list], held_out: list[Example], loss: Callable, pad_id: int, folder: Path
+) -> int:
+    """Take one optimiser step for each window of examples in the plan, and log it to folder/log.jsonl.
 
     loss: cot_raft_loss, without batch and divisors. Goes on from folder/state.pt. Returns tokens a second.
     """
+    steps_per_epoch = len(plan) // args.epochs
     optimiser, schedule = training.make_optimiser(model, args, steps=len(plan))
     with training.Journal(args, folder, model, optimiser, schedule, len(plan)) as journal:
         for step, window in journal.remaining(plan):
             sums = accumulate_gradients(model, window, loss, pad_id, args)
-            ranks.add_up([sums, *ranks.gradients(model)])  # of several processes; in one, nothing happens
+            # Under torchrun, in place, over all processes; in a single one nothing happens
+            ranks.add_up([sums, *ranks.gradients(model)])
             norm = ranks.clip(model, args.clip or math.inf)
             names = ("loss", "ce", "penalty", "grad_norm")
             numbers = dict(zip(names, [*sums.tolist(), float(norm)], strict=True))
@@ -132,11 +138,13 @@ def train(args, model, plan: list, held_out: list[Example], loss: Callable, pad_
             line = {"step": step, "taken": finite, "lr": schedule.get_last_lr()[0], **numbers}
             schedule.step()
             optimiser.zero_grad(set_to_none=True)
-            if held_out and step % (len(plan) // args.epochs) == 0:
+            if held_out and step % steps_per_epoch == 0:
                 line["valid"] = evaluate(model, held_out, loss, pad_id, args)
             journal.end_step(window, line)
         speed = journal.tokens_per_second()
-    if not math.isfinite(evaluate(model, plan[-1], loss, pad_id, args)["ce"]):
+    # Every loss in the log was computed before its step: nothing has tried the last weights yet
+    last = evaluate(model, plan[-1], loss, pad_id, args)
+    if not math.isfinite(last["ce"]):
         raise Fault(f"{folder}: the last steps spoilt the weights; remove it, and try a lower --lr")
     return speed
 
@@ -188,8 +196,8 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
         return
 
     # Seed model → p_s (stage 1) or p_tract (stage 2)
-    part, settings, _lock = training.begin(args)  # the lock is held until the end
-    if training.is_whole(part, args.out):
+    part_folder, settings, _lock = training.begin(args)  # the lock is held until the end
+    if training.is_whole(part_folder, args.out):  # trained, but killed before it got its name
         return
     torch.manual_seed(args.seed)
     model = models.load_for_training(args.model, args.lora, args.gradient_checkpointing, args.bf16)
@@ -200,11 +208,12 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     loss = partial(cot_raft_loss, **models.score_tensors(score_ids, args.grid), **choices)
     pad_id = tokenizer.eos_token_id  # nothing depends on it, and the padding token may have no embedding
     try:
-        speed = train(args, model, plan, held_out, loss, pad_id, part)
+        speed = train(args, model, plan, held_out, loss, pad_id, part_folder)
     except torch.OutOfMemoryError:
-        raise Fault(f"{part}: out of memory; lower --batch-size or --max-length, or use --lora") from None
+        remedy = "lower --batch-size or --max-length, or use --lora"
+        raise Fault(f"{part_folder}: out of memory; {remedy}") from None
     facts = {"examples": len(examples), "tokens": tokens, "tokens_per_second": speed}
-    training.save_checkpoint(args, model, tokenizer, part, settings, started, facts)
+    training.save_checkpoint(args, model, tokenizer, part_folder, settings, started, facts)
 
 
 def asked_for() -> tuple[str, int | None]:
@@ -213,22 +222,22 @@ def asked_for() -> tuple[str, int | None]:
     parser.add_argument("--model", default=TINY_SEED)
     parser.add_argument("--help", "-h", action="store_true")  # which shall not wait for the hub
     asked = parser.parse_known_args()[0]
-    try:  # p_s is trained on as its seed was (A.4)
-        seed = hub.trained(asked.model, offline=asked.help).get("model", asked.model)
-        rank = hub.read(asked.model, "adapter_config.json", offline=asked.help).get("r")
-    except InputError:  # which is said when the options are read
+    try:
+        run = hub.trained(asked.model, offline=asked.help)  # of its run.json; {} for models of others
+        adapter = hub.read(asked.model, "adapter_config.json", offline=asked.help)
+    except InputError:  # which is reported when the options are read
         return asked.model, None
-    return seed, rank
+    return run.get("model", asked.model), adapter.get("r")
 
 
 def make_parser(description: str, stage: int) -> argparse.ArgumentParser:
     """Make the options of both training stages; which defaults they have depends on --model."""
-    seed, rank_of_adapters = asked_for()
-    # run.json has --model as it was typed, maybe in another folder
-    embedded = TINY_SEED in (str(Path(seed).resolve()), str((ROOT / seed).resolve()))
+    seed, rank_of_adapters = asked_for()  # p_s gets the defaults of its seed (A.4)
+    folders = (Path(seed), ROOT / seed)  # run.json has --model as it was typed, maybe from another folder
+    embedded = TINY_SEED in [str(folder.resolve()) for folder in folders]
     large = hub.resolve(seed) in map(hub.resolve, LORA_BY_DEFAULT)
-    rank = rank_of_adapters or 8
-    lora = rank if large or rank_of_adapters else None
+    rank = rank_of_adapters or 8  # the paper's is 8
+    lora = rank if (large or rank_of_adapters) else None
     data = ROOT / "data" / ("tiny" if embedded else "feedback_collection") / "train.jsonl"
 
     parser = argparse.ArgumentParser(description=description, formatter_class=runs.Help, allow_abbrev=False)
@@ -276,7 +285,7 @@ def main() -> None:
         fetch_data(args, default_data)
     args.grid = runs.choose_grid(args)
     need = ("id", "prompt", "score") if args.no_cot else ("id", "prompt", "cot", "score")
-    run_stage(args, need, cots_of=lambda record: [record["cot"]])
+    run_stage(args, need, cots_of=lambda record: [record["cot"]])  # which is not asked with --no-cot
 
 
 if __name__ == "__main__":

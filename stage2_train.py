@@ -4,6 +4,7 @@
 
 Stage 1's loop on other data. Training now sees the CoTs that prediction will see: the judge learns what its
 own words are worth. It starts from the seed, not from p_s, which has learned to trust the annotator's words.
+--valid takes a file of gen_cot.py, too.
 """
 
 from stage1_train import make_parser, run_stage
@@ -15,26 +16,34 @@ def main() -> None:
     parser = make_parser(__doc__, stage=2)
     add = parser.add_argument_group("stage 2").add_argument
     add("--keep-unfinished", action="store_true", help="also train on CoTs that never reached the suffix")
-    add("--continue-from-stage1", action="store_true", help="--model is p_s and this is meant (ablation A.4)")
+    add(
+        "--continue-from-stage1",
+        action="store_true",
+        help="take p_s as --model (ablation A.4)",
+    )
     args = parser.parse_args()
 
-    stage = hub.trained(args.model).get("stage")
+    stage = hub.trained(args.model).get("stage")  # None for a model that was not trained here
     if stage is not None and not args.continue_from_stage1:
         remedy = "stage 2 starts from the seed model; give that, or --continue-from-stage1 (ablation A.4)"
         raise InputError(f"{args.model}: the checkpoint of stage {stage}, but {remedy}")
-    args.grid, unfinished = runs.choose_grid(args), set()
+    args.grid = runs.choose_grid(args)
+    shortened = set()  # ids of records that lost a CoT
 
     def cots_of(record: dict) -> list[str]:
-        if "prediction" in record:
+        """Return the finished CoTs of a record, and note where some were not; its score is the true one."""
+        if "prediction" in record:  # a file of predict.py, which has the same fields
             raise InputError(f"record {record['id']!r} is a prediction; make training data with gen_cot.py")
-        pairs = zip(record["cots"], record["finished"], strict=True)
-        cots = [cot for cot, finished in pairs if finished or args.keep_unfinished]
-        if len(cots) < len(record["cots"]):
-            unfinished.add(record["id"])
+        cots = []
+        for cot, finished in zip(record["cots"], record["finished"], strict=True):
+            if finished or args.keep_unfinished:
+                cots.append(cot)
+            else:
+                shortened.add(record["id"])
         return cots
 
     run_stage(args, ("id", "prompt", "score", "cots", "finished"), cots_of)
-    runs.report(unfinished, "with a CoT left out: it did not reach the suffix (--keep-unfinished keeps it)")
+    runs.report(shortened, "with a CoT left out: it did not reach the suffix (--keep-unfinished keeps it)")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
 """From a record to token ids: chat template, score tokens, and which positions carry loss. No torch here.
 
-    prompt ids | CoT ids, suffix ids | score id | end of sequence
-    no loss    | cross-entropy       | both     | cross-entropy
+    prompt ids | CoT ids, suffix ids | score id     | end of sequence
+    no loss    | CE                  | CE, penalty  | CE
 
 Training, generation and scoring all encode through this file, so a CoT is read exactly as it was trained on.
 """
 
 import re
 from array import array
+from itertools import pairwise
 from typing import NamedTuple
 
 from tract.records import Grid, InputError
 
+MARKUP = re.compile(r"[<\[|].+[>\]|]")  # <think>, [INST], |end|
 PLACEHOLDER = "§PROMPT§"  # stands for the prompt where a chat template is rendered around it
 # Some templates write today's date, which would change every prompt between training and prediction
 DATE = "26 Jul 2024"
@@ -54,7 +56,7 @@ def control_tokens(tokenizer) -> dict[int, str]:
     spaces were added to some, too, and are text.
     """
     added = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items()}
-    added = {id: token for id, token in added.items() if re.fullmatch(r"[<\[|].+[>\]|]", token)}
+    added = {id: token for id, token in added.items() if MARKUP.fullmatch(token)}
     return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
@@ -62,14 +64,13 @@ def text_ids(tokenizer, text: str) -> list[int]:
     """Tokenise somebody's text, in which "</s>" or "<think>" is text: it can't become a control token."""
     control = control_tokens(tokenizer)
     # Tokenizers split up special tokens if asked to, but not the others, as <think>: cut these in two
-    unsplit = {*control.values()} - {*tokenizer.all_special_tokens}
-    starts = re.finditer(f"(?={'|'.join(map(re.escape, unsplit))})", text) if unsplit else []
-    cuts = [start.end() + 1 for start in starts]
+    cuts = []
+    for token in set(control.values()) - set(tokenizer.all_special_tokens):
+        cuts += [found.start() + 1 for found in re.finditer(f"(?={re.escape(token)})", text)]
     ids = []
-    for first, last in zip([0, *cuts], [*cuts, len(text)], strict=True):
-        piece = text[first:last]
-        ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
-    # A word-level vocabulary still finds them, as words it knows
+    for start, end in pairwise([0, *sorted(set(cuts)), len(text)]):
+        ids += tokenizer(text[start:end], add_special_tokens=False, split_special_tokens=True).input_ids
+    # A word-level vocabulary still finds control tokens, as words it knows
     return [tokenizer.unk_token_id if id in control else id for id in ids]
 
 
@@ -85,7 +86,8 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
         ids = tokenizer(before + prompt + after, add_special_tokens=False).input_ids
     bos = tokenizer.bos_token_id
     # Some templates write BOS themselves, some leave it to the tokenizer, and a few models (Qwen) use none
-    if bos is not None and ids[:1] != [bos] and tokenizer("a").input_ids[:1] == [bos]:
+    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    if adds_bos and ids[:1] != [bos]:
         ids = [bos, *ids]
     return ids
 
@@ -93,14 +95,16 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
 def target_ids(tokenizer, cot: str, score_token: str, suffix: str) -> list[int]:
     """Tokenise CoT, suffix and score (the last token) as one text, without end of sequence.
 
-    Apart from the prompt: no token straddles the border, and its ids are the same in training and generation.
+    The prompt is tokenised by itself, so no token straddles the border, in training and generation alike.
     """
-    return text_ids(tokenizer, (cot.strip() + suffix + score_token).lstrip())
+    text = cot.strip() + suffix + score_token
+    return text_ids(tokenizer, text.lstrip())  # without a CoT, the suffix begins
 
 
 def prefix_ids(tokenizer, prompt: list[int], cot: str, grid: Grid) -> list[int]:
     """Return the ids up to the position that predicts the score: prompt, CoT ("" for none) and suffix."""
-    return prompt + target_ids(tokenizer, cot, grid.tokens[0], grid.suffix)[:-1]
+    some_score = grid.tokens[0]  # it is cut off again
+    return prompt + target_ids(tokenizer, cot, some_score, grid.suffix)[:-1]
 
 
 def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
@@ -118,7 +122,8 @@ def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
     score_ids = []
     for token in grid.tokens:
         ids = target_ids(tokenizer, cot, token, grid.suffix)
-        if ids[:-1] != first[:-1] or ids[-1] in (*score_ids, tokenizer.unk_token_id):
+        is_new = ids[-1] not in score_ids and ids[-1] != tokenizer.unk_token_id
+        if ids[:-1] != first[:-1] or not is_new:
             what = f"{name}: scores {grid.tokens[0]!r} and {token!r} do not differ in exactly one token"
             remedy = "name each by one: --grid 1,2,3,4,5,6,7,8,9,0=10 for 1 to 10, or letters, A=1,B=2,C=3"
             raise InputError(f"{what} ({first[-3:]}, {ids[-3:]}); {remedy}")
@@ -126,7 +131,7 @@ def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
     if len(first) < 2:
         raise InputError(f"{name}: its tokenizer knows no word of the suffix; is it the model's own?")
     cot_ids = text_ids(tokenizer, cot)
-    n_shared = 0  # tokens that belong to the CoT alone
+    n_shared = 0  # leading tokens that are those of the CoT alone
     while n_shared < len(cot_ids) and cot_ids[n_shared] == first[n_shared]:
         n_shared += 1
     return first[n_shared:-1], score_ids

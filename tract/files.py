@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from tract import hub, models, runs
 from tract.encode import enable_thinking
-from tract.records import ROOT, InputError, read_records
+from tract.records import PREDICTED, ROOT, InputError, read_records
 from tract.runs import COUNT, WEIGHT, Fault
 from tract.writing import Judge
 
@@ -169,8 +169,9 @@ class Output:
 
     def add(self, record: dict, fields: dict) -> None:
         """Add fields to a record of the chunk, unless it was finished before."""
-        if record["id"] not in self.lines:
-            self.lines[record["id"]] = runs.to_line(record | fields)
+        if record["id"] not in self.lines:  # what an earlier judge predicted is not handed on
+            kept = {name: value for name, value in record.items() if name not in PREDICTED}
+            self.lines[record["id"]] = runs.to_line(kept | fields)
 
     def finish(self) -> list[str]:
         """Write run.json, then --out in the order of the data, and print what came out; returns the lines."""

@@ -35,6 +35,7 @@ from tract.prompt import PARTS, SUFFIX, render_prompt
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
 OFF_GRID = 0.05  # mean off-grid mass above which predictions are not on the scale any more
+PREDICTED = ("score_probs", "off_grid", "renormalised", "prediction", "decoded")  # what predict.py adds
 GRIDS = "as in 1,2,3,4,5 or 1=0,3=50,5=100; for 1 to 10: 1,2,3,4,5,6,7,8,9,0=10 or letters, A=1,B=2,…"
 
 
