@@ -97,7 +97,7 @@ $(REAL)/feedbackqa/train.jsonl: | .venv/real
 	$(call PREPARE,train) --without $(@D)/valid.jsonl $(@D)/test.jsonl --out $@
 
 test: lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 lint: .venv/test
 	$(RUN) -m ruff check .
