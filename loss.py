@@ -112,7 +112,7 @@ def penalty_of(
     squared  (Σ_v p(v) · v − y)², RAFT's. Least where the expected score is the mean of y. Mass off the grid
              is worth 0, and so is punished.
     rps      Σ_k (v[k+1] − v[k]) · (P[k] − T[k])², the ranked probability score (Epstein 1969); P and T are
-             the cumulated p and two_hot(y). Proper: least where p is the distribution of y, not just its mean.
+             the cumulated p and two_hot(y). It is proper: least where p is the distribution of y.
     ntl      Σ_v p(v) · |v − y|, the number-token loss (arXiv 2411.02083). Least at a median of y.
 
     For rps and ntl, p is renormalised over the scores: off-grid mass costs nothing here, only in the CE.
