@@ -68,12 +68,13 @@ def main() -> None:
 
 def given_cots(tokenizer, record: dict, prompt: list[int], args) -> list[Cot]:
     """Return the CoTs that a record brings, for --no-cot an empty one, without scores."""
-    if args.no_cot:
-        texts, finished = [""], [True]
-    elif args.given == "cot":
-        texts, finished = [record["cot"]], [True]
-    else:
-        texts, finished = record["cots"], record["finished"]
+    texts = [""]  # --no-cot
+    finished = [True]
+    if args.given == "cot":
+        texts = [record["cot"]]
+    if args.given == "cots":
+        texts = record["cots"]
+        finished = record["finished"]
     cots = []
     for text, is_finished in zip(texts, finished, strict=True):
         ids = prefix_ids(tokenizer, prompt, text, args.grid)  # prompt, CoT and suffix
