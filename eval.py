@@ -83,8 +83,8 @@ def length_bias(p: np.ndarray, y: np.ndarray, length: np.ndarray) -> float:
 def ties(p: np.ndarray) -> float:
     """Return the share of the n(n − 1)/2 pairs of records that are given the same score."""
     _, counts = np.unique(p, return_counts=True)
-    n_pairs = len(p) * (len(p) - 1)  # each counted twice, as above the line
-    return float((counts * (counts - 1)).sum() / n_pairs) if n_pairs else 0.0
+    ordered_pairs = len(p) * (len(p) - 1)  # as in the numerator: the ½ of both cancels
+    return float((counts * (counts - 1)).sum() / ordered_pairs) if ordered_pairs else 0.0
 
 
 def against_others(rows: list[dict], kind: str | None = None) -> dict | None:
@@ -185,7 +185,7 @@ def compare(files: dict, common: dict[str, Predictions], resamples: int, seed: i
     report["one_rater"] = against_others(common[first].rows)
     reference = {kind: bootstrap(common[first], kind, picks) for kind in KINDS}
     for path, file in common.items():
-        entry = describe(path, files[path], file)
+        entry = describe(path, files[path], file)  # counts: records, left out and why, unfinished CoTs
         entry["difference"] = {}
         for kind in KINDS:
             samples = reference[kind] if path == first else bootstrap(file, kind, picks)
@@ -204,7 +204,7 @@ def compare(files: dict, common: dict[str, Predictions], resamples: int, seed: i
 
 # The report: first a few lines on each file, then the tables
 def show(report: dict, common: dict[str, Predictions]) -> None:
-    """Print the report: a row a metric, and for more than two files the predictions alone."""
+    """Print the report, one row per metric; of more than two files the predictions alone."""
     files = report["files"]
     print(f"{report['evaluated']} records, 95 % bootstrap intervals\n")
     for number, (path, entry) in enumerate(files.items(), 1):
@@ -213,7 +213,8 @@ def show(report: dict, common: dict[str, Predictions]) -> None:
         print(f"{number}: {path}: {entry['records']} records, {left_out}")
         unfinished = f"{entry['unfinished_rate']:.1%} of {entry['cots']} CoTs unfinished"
         tied = f"likeliest score tied in {entry['tied_likeliest']} records"
-        print(f"   {unfinished}, {tied}, {off_grid_line(*common[path])}")
+        file = common[path]
+        print(f"   {unfinished}, {tied}, {off_grid_line(file.rows, file.grid)}")
     print()
     kinds = KINDS if len(files) <= 2 else KINDS[:1]
     if report["one_rater"]:

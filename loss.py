@@ -90,14 +90,13 @@ def cot_raft_loss(
 
     nll = F.cross_entropy(logits, targets, reduction="none")  # (R,)
     if score_ce == "two-hot":
-        nll = nll.clone()
         nll[is_score] = two_hot_ce(score_logits, y, score_ids, score_values)
     elif score_ce == "none":
         nll = nll[~is_score]  # (R − B,)
     if n_tokens is None:
         n_tokens = len(nll)
     divisor = n_sequences if ce_sum else n_tokens
-    ce = nll.sum() / max(divisor, 1)  # a micro-batch without such tokens has none
+    ce = nll.sum() / max(divisor, 1)  # max: a batch may hold no CE token, its CE is then 0
 
     penalties = penalty_of(penalty, score_logits, y, score_ids, score_values)  # (B,)
     mean_penalty = penalties.sum() / max(n_sequences, 1)
@@ -128,8 +127,8 @@ def penalty_of(
         distances = (score_values - true_scores[:, None]).abs()  # (B, S)
         return (probs * distances).sum(-1)
     # rps
-    gaps = (probs - two_hot(true_scores, score_values)).cumsum(-1)  # P − T, (B, S); the last is 0
-    return (gaps[:, :-1].square() * score_values.diff()).sum(-1)
+    apart = (probs - two_hot(true_scores, score_values)).cumsum(-1)  # P − T, (B, S); the last is 0
+    return (apart[:, :-1].square() * score_values.diff()).sum(-1)
 
 
 def two_hot_ce(logits: Tensor, true_scores: Tensor, score_ids: Tensor, score_values: Tensor) -> Tensor:
@@ -143,7 +142,7 @@ def two_hot(true_scores: Tensor, score_values: Tensor) -> Tensor:
 
     Worked example: on the grid 1, 5 a true score of 4 becomes (.25, .75); on the grid 1, 3, 5, (0, .5, .5).
     """
-    # The first grid point that is not below the score; at least the second, to have one on its left
+    # The first grid point that is not below y, but never the very first: it needs a left neighbour
     right = torch.searchsorted(score_values, true_scores).clamp(1, len(score_values) - 1)  # (B,)
     left = right - 1
     gap = score_values[right] - score_values[left]

@@ -18,7 +18,7 @@ from tract.writing import Cot, load_judge, score, write_cots
 
 def main() -> None:
     parser = make_parser(__doc__, model="out/stage2", data="test.jsonl", out="out/predictions.jsonl")
-    add = parser.source_of_cots.add_argument  # in one group with --num-cots: they exclude each other
+    add = parser.source_of_cots.add_argument  # make_parser's group of --num-cots: they exclude each other
     add("--no-cot", action="store_true", help="write no CoT: plain RAIL")
     add("--given", choices=("cot", "cots"), help="score the CoTs in this field, write none")
     parser.add_argument("--renormalise", action="store_true", help="divide by the mass on the grid")
@@ -39,8 +39,9 @@ def main() -> None:
     for record in tokenising(records):
         id = record["id"]
         prompts[id] = prompt_ids(judge.tokenizer, record["prompt"])
-        lengths[id] = len(prompts[id])
-        if not writes:
+        if writes:
+            lengths[id] = len(prompts[id])
+        else:
             given[id] = given_cots(judge.tokenizer, record, prompts[id], args)
             lengths[id] = max(len(cot.ids) for cot in given[id])
 
@@ -52,7 +53,7 @@ def main() -> None:
                 chunk_cots = write_cots(judge, chunk, chunk_prompts, args, output.at_once)
             else:
                 chunk_cots = [given[record["id"]] for record in chunk]
-            # A CoT that was written up to the suffix came with its scores; the others are read for them now
+            # CoTs that reached the suffix mostly come with their scores; unfinished and given ones are read
             unread = [cot for cots in chunk_cots for cot in cots if cot.scores is None]
             scores_of_unread = score(judge, [cot.ids for cot in unread])
             for cot, scores in zip(unread, scores_of_unread, strict=True):

@@ -84,8 +84,10 @@ def loss_in_parts(model, states: Tensor, batch: dict, loss: Callable, bf16: bool
         positions = slice(start, start + size)
         labels = {name: batch[name][positions] for name in ("targets", "is_score", "true_scores")}
         with autocast(bf16):
-            # The head, in fp32 for the score tokens: bf16 would blur the score distribution
-            part = loss(score_logits(model, states[positions], score_ids), **labels)
+            # (r, V) for these r positions; in fp32 for the score tokens, whose distribution bf16 would blur
+            logits = score_logits(model, states[positions], score_ids)
+            part = loss(logits, **labels)
+        del logits  # the backward pass has what it needs of them
         yield part
 
 
@@ -107,7 +109,7 @@ def accumulate_gradients(model, window: list[Example], loss: Callable, pad_id: i
         # exist at once, which is gigabytes. So cut the graph between decoder and head, go through the head a
         # few positions at a time, adding up the gradient of the states, and send that through the decoder.
         cut = states.detach().requires_grad_()
-        cut.grad = torch.zeros_like(cut)  # a process that has no work left has no positions at all
+        cut.grad = torch.zeros_like(cut)  # for a process without work left, which has no position at all
         for part in loss_in_parts(model, cut, batch, loss, args.bf16):
             part.total.backward()
             sums += torch.stack([part.total.detach(), part.ce, part.penalty])
@@ -197,7 +199,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
 
     # Seed model → p_s (stage 1) or p_tract (stage 2)
     part_folder, settings, _lock = training.begin(args)  # the lock is held until the end
-    if training.is_whole(part_folder, args.out):  # trained, but killed before it got its name
+    if training.finish_if_whole(part_folder, args.out):  # it was killed just before it got its name
         return
     torch.manual_seed(args.seed)
     model = models.load_for_training(args.model, args.lora, args.gradient_checkpointing, args.bf16)
@@ -233,8 +235,8 @@ def asked_for() -> tuple[str, int | None]:
 def make_parser(description: str, stage: int) -> argparse.ArgumentParser:
     """Make the options of both training stages; which defaults they have depends on --model."""
     seed, rank_of_adapters = asked_for()  # p_s gets the defaults of its seed (A.4)
-    folders = (Path(seed), ROOT / seed)  # run.json has --model as it was typed, maybe from another folder
-    embedded = TINY_SEED in [str(folder.resolve()) for folder in folders]
+    folders = (Path(seed), ROOT / seed)  # that of p_s was typed by whoever trained it, mostly in ROOT
+    embedded = any(str(folder.resolve()) == TINY_SEED for folder in folders)
     large = hub.resolve(seed) in map(hub.resolve, LORA_BY_DEFAULT)
     rank = rank_of_adapters or 8  # the paper's is 8
     lora = rank if (large or rank_of_adapters) else None
@@ -244,7 +246,7 @@ def make_parser(description: str, stage: int) -> argparse.ArgumentParser:
     add = parser.add_argument_group("what goes in and out").add_argument
     add("--model", default=TINY_SEED, help=f"seed model: folder, hub id or one of {', '.join(hub.MODELS)}")
     add("--data", default=str(data) if stage == 1 else "out/cots.jsonl", help="JSONL file of records")
-    add("--valid", help="JSONL file of held-out records; None: that of stage 1's default --data, or none")
+    add("--valid", help="JSONL file of held-out records; None: valid.jsonl of stage 1's default --data")
     add("--out", type=Path, default=Path(f"out/stage{stage}"), help="folder of the checkpoint")
     add("--dry-run", action="store_true", help="only show options and an example with its loss mask")
     add = parser.add_argument_group("what is trained").add_mutually_exclusive_group().add_argument
@@ -285,7 +287,7 @@ def main() -> None:
         fetch_data(args, default_data)
     args.grid = runs.choose_grid(args)
     need = ("id", "prompt", "score") if args.no_cot else ("id", "prompt", "cot", "score")
-    run_stage(args, need, cots_of=lambda record: [record["cot"]])  # which is not asked with --no-cot
+    run_stage(args, need, cots_of=lambda record: [record["cot"]])  # with --no-cot, it is never called
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def template_halves(tokenizer) -> tuple[str, str]:
 
 
 def enable_thinking(tokenizer) -> bool | None:
-    """Return what a chat template is told for `enable_thinking`: False, or None where it does not ask."""
+    """Return what a chat template is told for `enable_thinking` (noted in run.json): None for most."""
     asks = bool(tokenizer.chat_template) and "enable_thinking" in tokenizer.get_chat_template()
     return False if asks else None
 
@@ -64,7 +64,7 @@ def text_ids(tokenizer, text: str) -> list[int]:
     """Tokenise somebody's text, in which "</s>" or "<think>" is text: it can't become a control token."""
     control = control_tokens(tokenizer)
     # Tokenizers split up special tokens if asked to, but not the others, as <think>: cut these in two
-    cuts = []
+    cuts = []  # behind the first character; the lookahead finds tokens that overlap, too
     for token in set(control.values()) - set(tokenizer.all_special_tokens):
         cuts += [found.start() + 1 for found in re.finditer(f"(?={re.escape(token)})", text)]
     ids = []
@@ -98,7 +98,7 @@ def target_ids(tokenizer, cot: str, score_token: str, suffix: str) -> list[int]:
     The prompt is tokenised by itself, so no token straddles the border, in training and generation alike.
     """
     text = cot.strip() + suffix + score_token
-    return text_ids(tokenizer, text.lstrip())  # without a CoT, the suffix begins
+    return text_ids(tokenizer, text.lstrip())  # without a CoT, the leading space of the suffix goes
 
 
 def prefix_ids(tokenizer, prompt: list[int], cot: str, grid: Grid) -> list[int]:
@@ -111,7 +111,7 @@ def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
     """Return what the suffix becomes after a CoT, up to the score, and the token id of each score.
 
     A sample CoT with suffix and score is tokenised: its last token is the score; what precedes that, after
-    the CoT, is the suffix. So it holds where the space melts into the digit (GPT-2: " 4") and where it is a
+    the CoT, is the suffix. This works where the space melts into the digit (GPT-2: " 4") and where it is a
     token of its own (Mistral, Llama-3). Raises InputError where scores do not differ in just that token.
     """
     name = tokenizer.name_or_path or "tokenizer"
@@ -122,8 +122,8 @@ def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
     score_ids = []
     for token in grid.tokens:
         ids = target_ids(tokenizer, cot, token, grid.suffix)
-        is_new = ids[-1] not in score_ids and ids[-1] != tokenizer.unk_token_id
-        if ids[:-1] != first[:-1] or not is_new:
+        is_usable = ids[-1] not in score_ids and ids[-1] != tokenizer.unk_token_id
+        if ids[:-1] != first[:-1] or not is_usable:
             what = f"{name}: scores {grid.tokens[0]!r} and {token!r} do not differ in exactly one token"
             remedy = "name each by one: --grid 1,2,3,4,5,6,7,8,9,0=10 for 1 to 10, or letters, A=1,B=2,C=3"
             raise InputError(f"{what} ({first[-3:]}, {ids[-3:]}); {remedy}")

@@ -30,8 +30,8 @@ def begin(args) -> tuple:
     return found
 
 
-def is_whole(part: Path, out: Path) -> bool:
-    """Tell whether an earlier run was killed just before its checkpoint got its name, and give it that."""
+def finish_if_whole(part: Path, out: Path) -> bool:
+    """Give a checkpoint its name whose run was killed just before that; returns whether there is one."""
     whole = ranks.anyone((part / "whole/run.json").is_file())
     if whole and not ranks.rank():
         print(f"{part}: is trained already")
