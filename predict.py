@@ -11,7 +11,7 @@ import json
 
 from tract import runs
 from tract.encode import prefix_ids, prompt_ids
-from tract.files import Output, make_parser, read_data, tokenising
+from tract.files import Output, make_parser, read_data, tokenising, writes_cots
 from tract.records import off_grid_line, predicted, significant
 from tract.writing import Cot, load_judge, score, write_cots
 
@@ -32,7 +32,7 @@ def main() -> None:
         needs.append("finished")
     records = read_data(args, needs=tuple(needs))
     judge = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
-    writes = not (args.no_cot or args.given)
+    writes = writes_cots(args)
     prompts = {}  # id → token ids
     given = {}  # id → CoTs that need no writing
     lengths = {}  # id → tokens that are read before anything is written

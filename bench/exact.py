@@ -14,6 +14,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -87,16 +88,13 @@ def price(args, records: list[dict], grid: Grid) -> None:
     score_ids = judge.scores["score_ids"].tolist()
     examples = [encode(judge.tokenizer, r, grid, score_ids) for r in records[:4]]
     texts = [list(e.ids[: e.score_position]) for e in examples]
-    batch = stage1_train.collate(examples, 0)
     model = models.load_for_training(args.model, None, True, True)
     loss = partial(cot_raft_loss, **judge.scores)
 
+    options = SimpleNamespace(batch_size=len(examples), score_ce="token", bf16=True)
+
     def step() -> None:
-        hidden = stage1_train.supervised_states(model, batch, True)
-        rows = hidden.detach().requires_grad_()
-        for part in stage1_train.loss_in_parts(model, rows, batch, loss, True):
-            part.total.backward()
-        hidden.backward(rows.grad)
+        stage1_train.accumulate_gradients(model, examples, loss, 0, options)
         model.zero_grad()
 
     tasks, rows = {"training step": step, "reading scores": lambda: writing.score(judge, texts)}, []
