@@ -12,14 +12,15 @@ Interrupted, the same command goes on. The sampling itself is tract/writing.py, 
 
 from tract import runs
 from tract.encode import prompt_ids
-from tract.files import Output, make_parser, read_data, tokenising
+from tract.files import Output, read_data, tokenising
+from tract.options import choose_grid, make_writing_parser
 from tract.writing import load_judge, write_cots
 
 
 def main() -> None:
-    parser = make_parser(__doc__, model="out/stage1", data="train.jsonl", out="out/cots.jsonl")
+    parser = make_writing_parser(__doc__, model="out/stage1", data="train.jsonl", out="out/cots.jsonl")
     args = parser.parse_args()
-    args.grid = runs.choose_grid(args)  # a Grid: that of --grid, else the one that p_s was trained on
+    args.grid = choose_grid(args)  # a Grid: that of --grid, else the one that p_s was trained on
     output = Output(args)
     records = read_data(args, needs=("id", "prompt", "score"))
     p_s = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)

@@ -11,19 +11,20 @@ import json
 
 from tract import runs
 from tract.encode import prefix_ids, prompt_ids
-from tract.files import Output, make_parser, read_data, tokenising, writes_cots
+from tract.files import Output, read_data, tokenising, writes_cots
+from tract.options import choose_grid, make_writing_parser
 from tract.records import off_grid_line, predicted, significant
 from tract.writing import Cot, load_judge, score, write_cots
 
 
 def main() -> None:
-    parser = make_parser(__doc__, model="out/stage2", data="test.jsonl", out="out/predictions.jsonl")
-    add = parser.source_of_cots.add_argument  # make_parser's group of --num-cots: they exclude each other
+    parser = make_writing_parser(__doc__, model="out/stage2", data="test.jsonl", out="out/predictions.jsonl")
+    add = parser.source_of_cots.add_argument  # the group of --num-cots: they exclude each other
     add("--no-cot", action="store_true", help="write no CoT: plain RAIL")
     add("--given", choices=("cot", "cots"), help="score the CoTs in this field, write none")
     parser.add_argument("--renormalise", action="store_true", help="divide by the mass on the grid")
     args = parser.parse_args()
-    args.grid = runs.choose_grid(args)
+    args.grid = choose_grid(args)
     output = Output(args)
     needs = ["id", "prompt"]
     if args.given:

@@ -8,18 +8,16 @@ Writes an ordinary Hugging Face checkpoint to --out, or with LoRA (the 7B and 8B
 log.jsonl (a line a step) and run.json. The defaults shown are those of the --model given.
 """
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from loss import Loss, cot_raft_loss
-from tract import hub, models, ranks, runs, training
+from tract import models, ranks, runs, training
 from tract.encode import Example, score_tokens
 from tract.examples import (
     check_options,
@@ -29,13 +27,40 @@ from tract.examples import (
     say_what_lambda_weighs,
     show_example,
 )
-from tract.models import TINY_SEED, autocast, device, score_logits
-from tract.records import ROOT, InputError
-from tract.runs import COUNT, SHARE, WEIGHT, Fault
+from tract.models import autocast, device, score_logits
+from tract.options import choose_grid, make_training_parser
+from tract.runs import Fault
 
-PAPER = dict(lr=1e-5, epochs=2, batch_size=1, accumulation=8, warmup=0.1, weight_decay=0.0)
-EMBEDDED = dict(lr=1e-3, epochs=4, batch_size=16, accumulation=1, warmup=0.05, weight_decay=0.01)
-LORA_BY_DEFAULT = ("mistral-7b", "llama-3.1-8b", "prometheus-2-7b", "qwen3-8b")
+# What the options are by default, for each --model
+PAPER = {
+    "data": "data/feedback_collection/train.jsonl",
+    "lr": 1e-5,
+    "epochs": 2,
+    "batch_size": 1,
+    "accumulation": 8,
+    "warmup": 0.1,
+    "weight_decay": 0.0,
+    "gradient_checkpointing": True,
+    "lora": None,  # all weights are trained
+}
+DEFAULTS = {
+    "any other": PAPER,
+    "mistral-7b": PAPER | {"lora": 8},
+    "llama-3.1-8b": PAPER | {"lora": 8},
+    "prometheus-2-7b": PAPER | {"lora": 8},
+    "qwen3-8b": PAPER | {"lora": 8},
+    "data/tiny/seed": {  # the embedded task
+        "data": "data/tiny/train.jsonl",
+        "lr": 1e-3,
+        "epochs": 4,
+        "batch_size": 16,
+        "accumulation": 1,
+        "warmup": 0.05,
+        "weight_decay": 0.01,
+        "gradient_checkpointing": False,
+        "lora": None,
+    },
+}
 LOGITS = 2**24  # logits held at a time: 64 MiB in fp32, and three times that with what the loss makes of them
 
 
@@ -76,22 +101,24 @@ def supervised_states(model, batch: dict[str, Tensor], bf16: bool) -> Tensor:
     return decoded.last_hidden_state[batch["supervised"]]  # (B, T, D) → (R, D)
 
 
-def loss_in_parts(model, states: Tensor, batch: dict, loss: Callable, bf16: bool) -> Iterator[Loss]:
-    """Yield the loss of a few supervised positions at a time: no more than LOGITS logits exist at once."""
+def loss_in_parts(model, states: Tensor, batch: dict, loss_options: dict, bf16: bool) -> Iterator[Loss]:
+    """Yield the loss of a few supervised positions at a time: no more than LOGITS logits exist at once.
+
+    loss_options: the arguments of cot_raft_loss, but for those that the batch has.
+    """
     size = max(1, LOGITS // model.config.get_text_config().vocab_size)
-    score_ids = loss.keywords["score_ids"]  # loss is a partial of cot_raft_loss, which has them
     for start in range(0, len(states), size):
         positions = slice(start, start + size)
         labels = {name: batch[name][positions] for name in ("targets", "is_score", "true_scores")}
         with autocast(bf16):
             # (r, V) for these r positions; in fp32 for the score tokens, whose distribution bf16 would blur
-            logits = score_logits(model, states[positions], score_ids)
-            part = loss(logits, **labels)
+            logits = score_logits(model, states[positions], loss_options["score_ids"])
+            part = cot_raft_loss(logits, **labels, **loss_options)
         del logits  # the backward pass has what it needs of them
         yield part
 
 
-def accumulate_gradients(model, window: list[Example], loss: Callable, pad_id: int, args) -> Tensor:
+def accumulate_gradients(model, window: list[Example], loss_options: dict, pad_id: int, args) -> Tensor:
     """Add the gradient of a step's loss to the weights, a micro-batch at a time; returns loss, CE, penalty.
 
     Losses are divided by the tokens and sequences of the whole window: they add up to the same however it is
@@ -100,17 +127,18 @@ def accumulate_gradients(model, window: list[Example], loss: Callable, pad_id: i
     n_tokens = sum(example.supervised for example in window)
     if args.score_ce == "none":  # CE then skips the score of each sequence
         n_tokens -= len(window)
-    loss = partial(loss, n_tokens=n_tokens, n_sequences=len(window))
+    loss_options = loss_options | {"n_tokens": n_tokens, "n_sequences": len(window)}
     sums = torch.zeros(3, device=device())
     for examples in ranks.micro_batches(window, args.batch_size):
         batch = collate(examples, pad_id)
         states = supervised_states(model, batch, args.bf16)  # (R, D)
-        # In short: loss(score_logits(model, states, score_ids), ...).total.backward(). But then R × V logits
-        # exist at once, which is gigabytes. So cut the graph between decoder and head, go through the head a
-        # few positions at a time, adding up the gradient of the states, and send that through the decoder.
+        # In short: cot_raft_loss(score_logits(model, states, score_ids), ...).total.backward()
+        # But then R × V logits exist at once, which is gigabytes. So cut the graph between decoder and head,
+        # go through the head a few positions at a time, adding up the gradient of the states, and send that
+        # through the decoder.
         cut = states.detach().requires_grad_()
         cut.grad = torch.zeros_like(cut)  # for a process without work left, which has no position at all
-        for part in loss_in_parts(model, cut, batch, loss, args.bf16):
+        for part in loss_in_parts(model, cut, batch, loss_options, args.bf16):
             part.total.backward()
             sums += torch.stack([part.total.detach(), part.ce, part.penalty])
         states.backward(cut.grad)
@@ -118,17 +146,18 @@ def accumulate_gradients(model, window: list[Example], loss: Callable, pad_id: i
 
 
 def train(
-    args, model, plan: list[list], held_out: list[Example], loss: Callable, pad_id: int, folder: Path
+    args, model, plan: list[list], held_out: list[Example], loss_options: dict, pad_id: int, folder: Path
 ) -> int:
     """Take one optimiser step for each window of examples in the plan, and log it to folder/log.jsonl.
 
-    loss: cot_raft_loss, without batch and divisors. Goes on from folder/state.pt. Returns tokens a second.
+    loss_options: arguments of cot_raft_loss that are the same for every batch. Goes on from folder/state.pt.
+    Returns tokens a second.
     """
     steps_per_epoch = len(plan) // args.epochs
     optimiser, schedule = training.make_optimiser(model, args, steps=len(plan))
     with training.Journal(args, folder, model, optimiser, schedule, len(plan)) as journal:
         for step, window in journal.remaining(plan):
-            sums = accumulate_gradients(model, window, loss, pad_id, args)
+            sums = accumulate_gradients(model, window, loss_options, pad_id, args)
             # Under torchrun, in place, over all processes; in a single one nothing happens
             ranks.add_up([sums, *ranks.gradients(model)])
             norm = ranks.clip(model, args.clip or math.inf)
@@ -141,29 +170,29 @@ def train(
             schedule.step()
             optimiser.zero_grad(set_to_none=True)
             if held_out and step % steps_per_epoch == 0:
-                line["valid"] = evaluate(model, held_out, loss, pad_id, args)
+                line["valid"] = evaluate(model, held_out, loss_options, pad_id, args)
             journal.end_step(window, line)
         speed = journal.tokens_per_second()
     # Every loss in the log was computed before its step: nothing has tried the last weights yet
-    last = evaluate(model, plan[-1], loss, pad_id, args)
+    last = evaluate(model, plan[-1], loss_options, pad_id, args)
     if not math.isfinite(last["ce"]):
         raise Fault(f"{folder}: the last steps spoilt the weights; remove it, and try a lower --lr")
     return speed
 
 
 @torch.no_grad()
-def evaluate(model, examples: list[Example], loss: Callable, pad_id: int, args) -> dict:
+def evaluate(model, examples: list[Example], loss_options: dict, pad_id: int, args) -> dict:
     """Return mean CE a token and RMSE on held-out examples, on their CoTs as given."""
     model.eval()
-    same_for_all_runs = {"score_ce": "token", "penalty": "squared", "ce_sum": False}
+    loss_options = loss_options | {"score_ce": "token", "penalty": "squared", "ce_sum": False}  # for all runs
     n_tokens = sum(example.supervised for example in examples)
-    loss = partial(loss, **same_for_all_runs, n_tokens=n_tokens, n_sequences=len(examples))
+    loss_options |= {"n_tokens": n_tokens, "n_sequences": len(examples)}
     sums = torch.zeros(2, device=device())  # CE, squared error
     by_length = sorted(examples, key=lambda example: len(example.ids))
     for some_examples in ranks.micro_batches(by_length, args.batch_size):
         batch = collate(some_examples, pad_id)
         states = supervised_states(model, batch, args.bf16)
-        for part in loss_in_parts(model, states, batch, loss, args.bf16):
+        for part in loss_in_parts(model, states, batch, loss_options, args.bf16):
             sums += torch.stack([part.ce, part.penalty])
     ranks.add_up([sums])
     model.train()
@@ -206,11 +235,12 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     if args.fsdp:
         ranks.spread(model)
     models.print_memory(model)
-    choices = {name: getattr(args, name) for name in ("lam", "penalty", "ce_weight", "score_ce", "ce_sum")}
-    loss = partial(cot_raft_loss, **models.score_tensors(score_ids, args.grid), **choices)
+    loss_options = models.score_tensors(score_ids, args.grid)  # score_ids and score_values
+    for name in ("lam", "penalty", "ce_weight", "score_ce", "ce_sum"):
+        loss_options[name] = getattr(args, name)
     pad_id = tokenizer.eos_token_id  # nothing depends on it, and the padding token may have no embedding
     try:
-        speed = train(args, model, plan, held_out, loss, pad_id, part_folder)
+        speed = train(args, model, plan, held_out, loss_options, pad_id, part_folder)
     except torch.OutOfMemoryError:
         remedy = "lower --batch-size or --max-length, or use --lora"
         raise Fault(f"{part_folder}: out of memory; {remedy}") from None
@@ -218,74 +248,15 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     training.save_checkpoint(args, model, tokenizer, part_folder, settings, started, facts)
 
 
-def asked_for() -> tuple[str, int | None]:
-    """Return the seed of the --model on the command line, and the rank of its adapters, if it has any."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model", default=TINY_SEED)
-    parser.add_argument("--help", "-h", action="store_true")  # which shall not wait for the hub
-    asked = parser.parse_known_args()[0]
-    try:
-        run = hub.trained(asked.model, offline=asked.help)  # of its run.json; {} for models of others
-        adapter = hub.read(asked.model, "adapter_config.json", offline=asked.help)
-    except InputError:  # which is reported when the options are read
-        return asked.model, None
-    return run.get("model", asked.model), adapter.get("r")
-
-
-def make_parser(description: str, stage: int) -> argparse.ArgumentParser:
-    """Make the options of both training stages; which defaults they have depends on --model."""
-    seed, rank_of_adapters = asked_for()  # p_s gets the defaults of its seed (A.4)
-    folders = (Path(seed), ROOT / seed)  # that of p_s was typed by whoever trained it, mostly in ROOT
-    embedded = any(str(folder.resolve()) == TINY_SEED for folder in folders)
-    large = hub.resolve(seed) in map(hub.resolve, LORA_BY_DEFAULT)
-    rank = rank_of_adapters or 8  # the paper's is 8
-    lora = rank if (large or rank_of_adapters) else None
-    data = ROOT / "data" / ("tiny" if embedded else "feedback_collection") / "train.jsonl"
-
-    parser = argparse.ArgumentParser(description=description, formatter_class=runs.Help, allow_abbrev=False)
-    add = parser.add_argument_group("what goes in and out").add_argument
-    add("--model", default=TINY_SEED, help=f"seed model: folder, hub id or one of {', '.join(hub.MODELS)}")
-    add("--data", default=str(data) if stage == 1 else "out/cots.jsonl", help="JSONL file of records")
-    add("--valid", help="JSONL file of held-out records; None: valid.jsonl of stage 1's default --data")
-    add("--out", type=Path, default=Path(f"out/stage{stage}"), help="folder of the checkpoint")
-    add("--dry-run", action="store_true", help="only show options and an example with its loss mask")
-    add = parser.add_argument_group("what is trained").add_mutually_exclusive_group().add_argument
-    what = f"adapters of this rank, or of rank {rank}, on all linear layers; None: all weights"
-    add("--lora", nargs="?", type=COUNT, const=rank, default=lora, metavar="RANK", help=what)
-    full = {"action": "store_const", "const": None, "dest": "lora", "default": argparse.SUPPRESS}
-    add("--full", **full, help="all weights, in fp32")
-    add = parser.add_argument_group("loss: ce-weight · CE + λ · penalty, as in loss.py").add_argument
-    add("--lambda", dest="lam", type=WEIGHT, default=1.0, help="λ, weight of the penalty; 0 leaves CE")
-    add("--penalty", choices=("squared", "rps", "ntl"), default="squared", help="distance to the true score")
-    add("--ce-weight", type=WEIGHT, default=1.0, help="weight of the CE; 0 leaves the penalty alone")
-    add("--score-ce", choices=("token", "two-hot", "none"), default="token", help="what CE sees at the score")
-    add("--ce-sum", action="store_true", help="sum CE over a sequence, as the formula; else mean of tokens")
-    add = parser.add_argument_group("optimiser").add_argument
-    add("--lr", type=WEIGHT, help="peak learning rate of AdamW")
-    add("--epochs", type=COUNT, help="passes over the data")
-    add("--batch-size", type=COUNT, help="sequences on the device at a time")
-    add("--accumulation", type=COUNT, help="batches an optimiser step")
-    add("--warmup", type=SHARE, help="share of the steps with rising learning rate; a cosine follows")
-    add("--weight-decay", type=WEIGHT, help="of weight matrices")
-    add("--clip", type=WEIGHT, default=1.0, help="largest norm of the gradient; 0: any")
-    add("--fsdp", action="store_true", help="under torchrun: spread weights, gradients and AdamW (--full)")
-    recompute = {"action": argparse.BooleanOptionalAction, "default": not embedded}
-    add("--gradient-checkpointing", **recompute, help="recompute activations: slower, far less memory")
-    add("--save-every", type=COUNT, default=200, help="steps after which the state is saved, to go on from")
-    runs.add_common_arguments(parser, models.has_bf16())
-    parser.set_defaults(**(EMBEDDED if embedded else PAPER), stage=stage, no_cot=False)
-    return parser
-
-
 def main() -> None:
-    parser = make_parser(__doc__, stage=1)
+    parser = make_training_parser(__doc__, stage=1, defaults=DEFAULTS)
     parser.add_argument("--no-cot", action="store_true", help="train on the score alone, without any CoT")
     args = parser.parse_args()
     default_data = Path(parser.get_default("data"))
     if Path(args.data).resolve() == default_data:
         args.valid = args.valid or str(default_data.with_name("valid.jsonl"))
         fetch_data(args, default_data)
-    args.grid = runs.choose_grid(args)
+    args.grid = choose_grid(args)
     need = ("id", "prompt", "score") if args.no_cot else ("id", "prompt", "cot", "score")
     run_stage(args, need, cots_of=lambda record: [record["cot"]])  # with --no-cot, it is never called
 

@@ -7,27 +7,24 @@ own words are worth. It starts from the seed, not from p_s, which has learned to
 --valid takes a file of gen_cot.py, too.
 """
 
-from stage1_train import make_parser, run_stage
+from stage1_train import DEFAULTS, run_stage
 from tract import hub, runs
+from tract.options import choose_grid, make_training_parser
 from tract.records import InputError
 
 
 def main() -> None:
-    parser = make_parser(__doc__, stage=2)
+    parser = make_training_parser(__doc__, stage=2, defaults=DEFAULTS)
     add = parser.add_argument_group("stage 2").add_argument
     add("--keep-unfinished", action="store_true", help="also train on CoTs that never reached the suffix")
-    add(
-        "--continue-from-stage1",
-        action="store_true",
-        help="take p_s as --model (ablation A.4)",
-    )
+    add("--continue-from-stage1", action="store_true", help="take p_s as --model (ablation A.4)")
     args = parser.parse_args()
 
     stage = hub.trained(args.model).get("stage")  # None for a model that was not trained here
     if stage is not None and not args.continue_from_stage1:
         remedy = "stage 2 starts from the seed model; give that, or --continue-from-stage1 (ablation A.4)"
         raise InputError(f"{args.model}: the checkpoint of stage {stage}, but {remedy}")
-    args.grid = runs.choose_grid(args)
+    args.grid = choose_grid(args)
     shortened = set()  # ids of records that lost a CoT
 
     def cots_of(record: dict) -> list[str]:

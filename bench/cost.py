@@ -137,11 +137,12 @@ def time_training(config, lora: int | None, prompt: int, cot: int) -> float:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(models.device())
     model = models.add_lora(model, lora) if lora else model
-    (args, window, loss), seconds = random_step(config, (4, prompt + cot, cot), bf16=False), []
+    args, window, loss_options = random_step(config, (4, prompt + cot, cot), bf16=False)
+    seconds = []
     for _ in range(3):
         started = time.time()
         with tempfile.TemporaryDirectory() as folder:
-            stage1_train.train(args, model.train(), [window[:4]], [], loss, 0, Path(folder))
+            stage1_train.train(args, model.train(), [window[:4]], [], loss_options, 0, Path(folder))
         seconds.append(time.time() - started)
     return statistics.median(seconds)
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from results.tables import table
 from tract import runs
 from tract.encode import prefix_ids, prompt_ids
-from tract.files import make_parser, setting
+from tract.options import make_writing_parser, setting
 from tract.records import Grid, read_records
 from tract.writing import load_judge, score, write_cots
 
@@ -40,7 +40,7 @@ def drive(args) -> dict:
     def write(temperature: float, n: int) -> list[dict]:
         options = [f"--temperature={temperature}", f"--max-new-tokens={args.max_new_tokens}"]
         options += [f"--engine={args.drive}", "--num-cots=1"]
-        settings = make_parser("", args.model, "", "").parse_args(options)
+        settings = make_writing_parser("", args.model, "", "").parse_args(options)
         written = write_cots(judge, records[:n], prompts[:n], settings, settings.batch_size)
         cots = [cot for (cot,) in written]
         unread = [cot for cot in cots if cot.scores is None]

@@ -12,7 +12,6 @@ import argparse
 import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from memory import peak_of
 
 import stage1_train
-from loss import cot_raft_loss, rail
+from loss import rail
 from results.tables import table
 from tract import models, runs, writing
 from tract.encode import encode, prefix_ids, prompt_ids
@@ -89,12 +88,11 @@ def price(args, records: list[dict], grid: Grid) -> None:
     examples = [encode(judge.tokenizer, r, grid, score_ids) for r in records[:4]]
     texts = [list(e.ids[: e.score_position]) for e in examples]
     model = models.load_for_training(args.model, None, True, True)
-    loss = partial(cot_raft_loss, **judge.scores)
 
     options = SimpleNamespace(batch_size=len(examples), score_ce="token", bf16=True)
 
     def step() -> None:
-        stage1_train.accumulate_gradients(model, examples, loss, 0, options)
+        stage1_train.accumulate_gradients(model, examples, judge.scores, 0, options)
         model.zero_grad()
 
     tasks, rows = {"training step": step, "reading scores": lambda: writing.score(judge, texts)}, []

@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -24,10 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import stage1_train
-from loss import cot_raft_loss
 from results.tables import table
 from tract import models, runs
 from tract.encode import Example
+from tract.options import make_training_parser
 from tract.records import Grid
 
 SHAPES = {  # transformers' defaults are those of Mistral-7B; no hub is needed for these
@@ -90,25 +89,25 @@ def peak_of(run) -> int:
 
 
 def random_step(config, batch: tuple[int, int, int], bf16: bool) -> tuple:
-    """Return what stage 1's loop takes for a step of two such random batches: args, window, loss."""
+    """Return what stage 1's loop takes for a step of two such random batches: args, window, loss_options."""
     sequences, length, supervised = batch
     options = [f"--batch-size={sequences}", "--bf16" if bf16 else "--fp32"]
-    args = stage1_train.make_parser("", stage=1).parse_args(options)
+    args = make_training_parser("", stage=1, defaults=stage1_train.DEFAULTS).parse_args(options)
     ids = torch.randint(10, config.vocab_size, (2 * sequences, length)).tolist()
     window = [Example("random", row, length - supervised, length - 2, 3.67) for row in ids]
-    return args, window, partial(cot_raft_loss, **models.score_tensors([3, 4, 5, 6, 7], Grid()))
+    return args, window, models.score_tensors([3, 4, 5, 6, 7], Grid())
 
 
 def measure(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, checkpointing: bool) -> int:
     """Return the measured bytes at the peak of two steps of two such batches in stage 1's loop."""
-    args, window, loss = random_step(config, batch, bf16)
+    args, window, loss_options = random_step(config, batch, bf16)
 
     def load(name: str, dtype: torch.dtype, trainable: bool):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).to(models.device())
 
     def run() -> None:
         model = models.load_for_training("random", lora, checkpointing, bf16)
-        stage1_train.train(args, model, [window] * 2, [], loss, 0, Path(folder))
+        stage1_train.train(args, model, [window] * 2, [], loss_options, 0, Path(folder))
 
     fake = patch.object(models, "load_model", load)
     with fake, tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
@@ -137,7 +136,7 @@ def compare() -> None:
 
 
 def main() -> None:
-    parser = stage1_train.make_parser(__doc__, stage=1)
+    parser = make_training_parser(__doc__, stage=1, defaults=stage1_train.DEFAULTS)
     add = parser.add_argument_group("memory").add_argument
     add("--length", type=runs.COUNT, default=3000, help="tokens of a sequence")
     add("--supervised", type=runs.COUNT, default=250, help="how many of them carry loss: CoT and score")

@@ -10,7 +10,7 @@ import gen_cot
 import predict
 import stage1_train
 from loss import Rail, rail
-from tract import batch, files, models, writing
+from tract import batch, models, options, writing
 from tract.encode import prefix_ids, prompt_ids, target_ids
 from tract.models import TINY_SEED
 from tract.records import SUFFIX, Grid
@@ -23,7 +23,7 @@ ROWS = [{"id": f"r{i}", "prompt": prompt, "cot": COT} for i, prompt in enumerate
 
 def how(**more):
     """Return the paper's options, but for those that are given."""
-    return SimpleNamespace(**vars(files.make_parser("", "", "", "").parse_args([])) | more)
+    return SimpleNamespace(**vars(options.make_writing_parser("", "", "", "").parse_args([])) | more)
 
 
 @torch.no_grad()

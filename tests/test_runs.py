@@ -16,7 +16,7 @@ from conftest import ROOT
 
 import gen_cot
 import predict
-from tract import files, hub, runs, settings
+from tract import hub, options, runs, settings
 from tract.models import TINY_SEED
 
 RUNS = {  # script → options
@@ -117,11 +117,11 @@ def test_what_decides_a_result_and_changed_is_named_and_nothing_else(lab, tiny_t
 
 
 def test_options_of_vllm_that_decide_nothing_are_not_compared(lab):
-    parser = files.make_parser("", TINY_SEED, "train.jsonl", "o.jsonl")
+    parser = options.make_writing_parser("", TINY_SEED, "train.jsonl", "o.jsonl")
     both = []
     for length, dtype in (("1024", "half"), ("2048", "float")):
         args = parser.parse_args(["--engine-args", f"max_model_len={length}", f"dtype={dtype}"])
-        args.grid = runs.choose_grid(args)
+        args.grid = options.choose_grid(args)
         found = runs.settings_of(args)
         both.append({name: found[name] for name in found if name.startswith("vLLM")})
     assert both == [{"vLLM dtype": "half"}, {"vLLM dtype": "float"}]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import stage1_train
-from tract import training
+from tract import options, training
 from tract.encode import Example, encode, score_tokens
 from tract.examples import plan_epoch
 from tract.models import TINY_SEED
@@ -140,7 +140,7 @@ def test_a_training_that_ends_in_steps_that_are_not_finite_is_not_done(lab, monk
 def test_default_data_are_fetched(lab, monkeypatch):
     """Run `--model mistral-7b` in a fresh clone: prepare.py gets what is not there."""
     calls, failed = [], subprocess.CompletedProcess([], 2)
-    monkeypatch.setattr(stage1_train, "ROOT", lab.path)
+    monkeypatch.setattr(options, "ROOT", lab.path)
     monkeypatch.setattr("tract.examples.models.load_tokenizer", lambda name: None)  # it is on the hub
     monkeypatch.setattr("tract.examples.subprocess.run", lambda command: calls.append(command) or failed)
     code, said = lab.fail("stage1_train", "--model", "mistral-7b")

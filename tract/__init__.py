@@ -5,7 +5,8 @@ records.py      the JSONL record and its score grid; checks.py: what is refused 
 prompt.py       the judge prompt for records that bring none
 models.py       load a model, run decoder and head; hub.py: where its files are; adapters.py: LoRA and others
 writing.py      write CoTs and read scores: the loop, sampling; batch.py: its cache and padding
-files.py        JSONL in, JSONL out, going on where it was cut off; the options of both scripts that write
+files.py        JSONL in, JSONL out, going on where it was cut off
+options.py      the options of the scripts, and their defaults
 runs.py         what a run leaves behind, and how it ends; settings.py: what decides its result
 examples.py     what comes before a training: data, examples, the plan of its steps
 training.py     what surrounds it: optimiser, log, state, signals

@@ -8,7 +8,7 @@ Training, generation and scoring all encode through this file, so a CoT is read 
 
 import re
 from array import array
-from itertools import pairwise
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from tract.records import Grid, InputError
@@ -63,15 +63,29 @@ def control_tokens(tokenizer) -> dict[int, str]:
 def text_ids(tokenizer, text: str) -> list[int]:
     """Tokenise somebody's text, in which "</s>" or "<think>" is text: it can't become a control token."""
     control = control_tokens(tokenizer)
-    # Tokenizers split up special tokens if asked to, but not the others, as <think>: cut these in two
-    cuts = []  # behind the first character; the lookahead finds tokens that overlap, too
-    for token in set(control.values()) - set(tokenizer.all_special_tokens):
-        cuts += [found.start() + 1 for found in re.finditer(f"(?={re.escape(token)})", text)]
+    # The tokenizer splits up special tokens if asked to, but not control tokens that are not special
+    others = set(control.values()) - set(tokenizer.all_special_tokens)
     ids = []
-    for start, end in pairwise([0, *sorted(set(cuts)), len(text)]):
-        ids += tokenizer(text[start:end], add_special_tokens=False, split_special_tokens=True).input_ids
+    for piece in cut_in_two(text, others):
+        ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
     # A word-level vocabulary still finds control tokens, as words it knows
     return [tokenizer.unk_token_id if id in control else id for id in ids]
+
+
+def cut_in_two(text: str, tokens: Iterable[str]) -> list[str]:
+    """Cut a text behind the first character of each of these tokens in it: no piece holds one whole."""
+    cuts = {len(text)}
+    for token in tokens:
+        start = text.find(token)
+        while start >= 0:
+            cuts.add(start + 1)
+            start = text.find(token, start + 1)
+    pieces = []
+    start = 0
+    for end in sorted(cuts):
+        pieces.append(text[start:end])
+        start = end
+    return pieces
 
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:

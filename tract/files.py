@@ -1,9 +1,8 @@
-"""JSONL in, JSONL out, going on where it was cut off; the options of both scripts that write CoTs.
+"""JSONL in, JSONL out, going on where it was cut off. Skip this file at first.
 
 A script reads its records with `read_data` and hands their new fields to an `Output`, a chunk at a time.
 """
 
-import argparse
 import json
 import shutil
 import time
@@ -14,55 +13,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tract import hub, models, runs
+from tract import hub, runs
 from tract.encode import enable_thinking
-from tract.records import PREDICTED, ROOT, InputError, read_records
-from tract.runs import COUNT, WEIGHT, Fault
+from tract.records import PREDICTED, InputError, read_records
+from tract.runs import Fault
 from tract.writing import Judge
 
 CHUNK = 8  # batches' worth of prompts that are judged together, and then written to OUT.part
-
-
-def make_parser(description: str, model: str, data: str, out: str) -> argparse.ArgumentParser:
-    """Make the options of both scripts; `source_of_cots` is the group of --num-cots and what excludes it."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=runs.Help, allow_abbrev=False)
-    group = parser.add_argument_group("what matters first")
-    add = group.add_argument
-    add("--model", default=model, help=f"checkpoint folder, hub id or one of {', '.join(hub.MODELS)}")
-    add("--data", default=str(ROOT / "data/tiny" / data), help="JSONL file of records")
-    add("--out", type=Path, default=Path(out), help="JSONL file to write")
-    add("--batch-size", type=COUNT, default=32, help="sequences at a time; halved when memory runs out")
-    parser.source_of_cots = group.add_mutually_exclusive_group()
-    parser.source_of_cots.add_argument("--num-cots", type=COUNT, default=1, help="CoTs a prompt")
-    add = parser.add_argument_group("sampling (the defaults are the paper's)").add_argument
-    add("--max-new-tokens", type=COUNT, default=1024, help="tokens; a longer CoT is unfinished")
-    add("--temperature", type=WEIGHT, default=1.0, help="0 always takes the most likely token")
-    add("--top-p", type=runs.number(float, 1e-6, 1), default=0.9, help="mass that tokens are sampled from")
-    add("--repetition-penalty", type=runs.number(float, 1e-6), default=1.03, help="1 is none")
-    add = parser.add_argument_group("many records (docs/scale.md)").add_argument
-    add("--shard", type=shard, metavar="I/N", help="take the I-th of N shares of the records; cat joins them")
-    add("--engine", choices=("torch", "vllm"), default="torch", help="vllm: see vllm_engine.py")
-    add("--engine-args", nargs="+", type=setting, default=[], metavar="KEY=VALUE", help="for vLLM's LLM(...)")
-    runs.add_common_arguments(parser, models.has_bf16())
-    parser.set_defaults(no_cot=False, given=None)  # predict.py has these options, gen_cot.py has not
-    return parser
-
-
-def shard(text: str) -> tuple[int, int]:
-    """Parse --shard: 2/8 is the second of eight shares."""
-    number, shares = map(int, text.split("/"))
-    if not 1 <= number <= shares:
-        raise ValueError
-    return number, shares
-
-
-def setting(text: str) -> tuple[str, object]:
-    """Parse one of --engine-args: its value is JSON, or else the text itself."""
-    key, _, value = text.partition("=")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
 
 
 def writes_cots(args) -> bool:

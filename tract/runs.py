@@ -1,4 +1,4 @@
-"""What a run leaves behind, and how it ends: whole files, run.json, common options. Skip this file at first.
+"""What a run leaves behind, and how it ends: whole files, run.json. Skip this file at first.
 
 Work under way lives in the folder OUT.part and gets its name when it is whole.
 """
@@ -19,9 +19,8 @@ from typing import IO
 
 from tqdm import tqdm
 
-from tract import hub
 from tract.hub import read_json
-from tract.records import ROOT, Grid, InputError
+from tract.records import ROOT, InputError
 from tract.settings import arguments, settings_of, versions
 
 GO_ON = "what was finished is kept; mend it and give the same command to go on"
@@ -159,37 +158,6 @@ COUNT = number(int, 1)
 SEED = number(int, 0, 2**32 - 1)
 WEIGHT = number(float, 0)
 SHARE = number(float, 0, 1)
-
-
-def add_common_arguments(parser: argparse.ArgumentParser, bf16: bool) -> None:
-    """Add the options that mean the same in every script that runs a model; `bf16` is the default."""
-    group = parser.add_argument_group("common")
-    add = group.add_argument
-    add("--grid", help="1,2,3,4,5 or token=value pairs, 1=0,3=50,5=100; None: the checkpoint's, else 1 to 5")
-    add("--suffix", help="words between CoT and score; None: the checkpoint's or 'So the overall score is'")
-    add("--max-length", type=COUNT, default=3000, help="tokens; longer records are left out, and counted")
-    add("--seed", type=SEED, default=0, help="random seed")
-    add = group.add_mutually_exclusive_group().add_argument
-    parser.set_defaults(bf16=bf16)
-    both = {"dest": "bf16", "default": argparse.SUPPRESS}  # the help of the first names the default of both
-    where = "the default on a GPU that has it, else --fp32; new CPUs do it fast, too"
-    add("--bf16", action="store_true", **both, help=f"compute in bf16: {where}")
-    add("--fp32", action="store_false", **both, help="compute in fp32")
-
-
-def choose_grid(args: argparse.Namespace) -> Grid:
-    """Return the grid asked for, else the checkpoint's or the default. Raises InputError."""
-    made = hub.trained(args.model)
-    try:
-        default = Grid.parse(made["grid"], made["suffix"]) if made else Grid()
-    except InputError as error:
-        raise InputError(f"{args.model}: its run.json is not ours, or broken ({error}); remove it") from None
-    suffix = default.suffix if args.suffix is None else args.suffix
-    grid = Grid.parse(args.grid or str(default), suffix)
-    if made and grid != default:
-        was = f"{args.model} was trained on {default} after '{default.suffix.strip()}'"
-        raise InputError(f"--grid or --suffix: {was}; leave both away")
-    return grid
 
 
 def progress(total: int, done: int, label: str, unit: str, quiet: bool = False) -> tqdm:

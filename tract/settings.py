@@ -9,8 +9,9 @@ from tract.hub import sha256
 from tract.records import ROOT
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft")
-SCRIPTS = [path for path in sorted(ROOT.glob("*.py")) if path.name != "eval.py"]  # which only reads results
-CODE = [*SCRIPTS, *sorted(ROOT.glob("tract/*.*"))]
+READS_RESULTS = {"eval.py", "scores.py", "pairs.py"}  # and makes none
+FILES = [*ROOT.glob("*.py"), *ROOT.glob("tract/*.py"), *ROOT.glob("tract/*.txt")]
+CODE = sorted(path for path in FILES if path.name not in READS_RESULTS)
 FREE = {"out", "dry_run", "save_every", "model", "engine_args"}  # do not decide, or not by themselves
 FREE_OF_VLLM = set(
     "max_model_len gpu_memory_utilization tensor_parallel_size pipeline_parallel_size max_num_seqs"
