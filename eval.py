@@ -81,10 +81,11 @@ def length_bias(p: np.ndarray, y: np.ndarray, length: np.ndarray) -> float:
 
 
 def ties(p: np.ndarray) -> float:
-    """Return the share of the n(n − 1)/2 pairs of records that are given the same score."""
+    """Return the share of the pairs of records that are given the same score; 0 where there is no pair."""
     _, counts = np.unique(p, return_counts=True)
-    ordered_pairs = len(p) * (len(p) - 1)  # as in the numerator: the ½ of both cancels
-    return float((counts * (counts - 1)).sum() / ordered_pairs) if ordered_pairs else 0.0
+    tied_pairs = np.sum(counts * (counts - 1) / 2)
+    all_pairs = len(p) * (len(p) - 1) / 2
+    return float(tied_pairs / all_pairs) if all_pairs else 0.0
 
 
 def against_others(rows: list[dict], kind: str | None = None) -> dict | None:
@@ -151,7 +152,7 @@ def interval(samples: np.ndarray) -> dict:
 
 # The comparison: all files on the same records, and on the same resamples of them
 def keep_common(files: dict[str, Predictions]) -> dict[str, Predictions]:
-    """Return of every file, by its path, the records that have score and prediction in all of them.
+    """Return, for each path, only the records that have a score and a prediction in every file.
 
     Raises InputError where there is no such record, or where the files do not agree on the true scores.
     """
@@ -162,7 +163,8 @@ def keep_common(files: dict[str, Predictions]) -> dict[str, Predictions]:
             if row.get("score") is not None and row["prediction"] is not None:
                 usable[path][row["id"]] = row
     first = next(iter(files))
-    ids = [id for id in usable[first] if all(id in records for records in usable.values())]
+    in_all_files = set.intersection(*map(set, usable.values()))
+    ids = [id for id in usable[first] if id in in_all_files]
     if not ids:
         raise InputError(f"{', '.join(files)}: no record with score and prediction in common to evaluate")
     common = {}
@@ -183,19 +185,21 @@ def compare(files: dict, common: dict[str, Predictions], resamples: int, seed: i
     picks = draw_resamples(n, resamples, seed)  # one for all files: so differences are paired
     report = {"reference": first, "evaluated": n, "resamples": resamples, "seed": seed, "files": {}}
     report["one_rater"] = against_others(common[first].rows)
-    reference = {kind: bootstrap(common[first], kind, picks) for kind in KINDS}
+    samples = {}  # path → kind → metric → values (1 + resamples,)
+    for path, file in common.items():
+        samples[path] = {kind: bootstrap(file, kind, picks) for kind in KINDS}
     for path, file in common.items():
         entry = describe(path, files[path], file)  # counts: records, left out and why, unfinished CoTs
         entry["difference"] = {}
         for kind in KINDS:
-            samples = reference[kind] if path == first else bootstrap(file, kind, picks)
             entry[kind] = {}
             entry["difference"][kind] = {}
-            for name, values in samples.items():
+            for name, values in samples[path][kind].items():
                 entry[kind][name] = interval(values)
-                if name in reference[kind]:  # length_bias may be missing there
-                    difference = values - reference[kind][name]  # 0 for the first file itself
+                if name in samples[first][kind]:  # length_bias may be missing there
+                    difference = values - samples[first][kind][name]  # 0 for the first file itself
                     entry["difference"][kind][name] = interval(difference)
+            # Without interval: a resample holds records twice, which are tied with themselves
             entry[kind]["ties"] = ties(np.array([row[kind] for row in file.rows]))
         entry["against_others"] = against_others(file.rows, "prediction")
         report["files"][path] = entry
@@ -216,14 +220,15 @@ def show(report: dict, common: dict[str, Predictions]) -> None:
         file = common[path]
         print(f"   {unfinished}, {tied}, {off_grid_line(file.rows, file.grid)}")
     print()
-    kinds = KINDS if len(files) <= 2 else KINDS[:1]
-    if report["one_rater"]:
-        raters = {"one rater": report["one_rater"]}
+    one_rater = report["one_rater"]
+    if one_rater:
+        lines = [["one rater", one_rater["pearson"], one_rater["rmse"]]]
         for number, entry in enumerate(files.values(), 1):
-            if entry["against_others"]:
-                raters[str(number)] = entry["against_others"]
-        head = [f"{report['one_rater']['ratings']} ratings, against the mean of the others", "r", "RMSE"]
-        print_table(head, [[name, rater["pearson"], rater["rmse"]] for name, rater in raters.items()])
+            judge = entry["against_others"]
+            if judge:
+                lines.append([str(number), judge["pearson"], judge["rmse"]])
+        print_table([f"{one_rater['ratings']} ratings, against the mean of the others", "r", "RMSE"], lines)
+    kinds = KINDS if len(files) <= 2 else ["prediction"]
     metrics = {}
     differences = {}
     for number, entry in enumerate(files.values(), 1):
@@ -246,7 +251,7 @@ def main() -> None:
     add("--out", type=Path, default=Path("out/eval"), help="folder for metrics.json and figure.png")
     add("--grid", help="other values for the same score tokens; None: the grid that the file says")
     add("--cots", type=runs.COUNT, help="use the first so many CoTs of each record; None: all")
-    add("--pairs", action="store_true", help="judge pairs of records, told by `pair` and `chosen`")
+    add("--pairs", action="store_true", help="judge pairs of records: see the fields pair and chosen")
     add("--renormalise", action="store_true", help="divide expected scores by their mass on the grid")
     add("--resamples", type=runs.COUNT, default=1000, help="bootstrap resamples of the records")
     add("--seed", type=runs.SEED, default=0, help="random seed of the bootstrap")

@@ -2,12 +2,12 @@
 
     python gen_cot.py --model out/run/stage1 --data train.jsonl --out out/run/cots.jsonl
 
-p_s, trained on people's CoTs in stage 1, has to judge by its own. So stage 2 learns from those: each record
-gets a CoT as p_s samples it, good or bad, and keeps the score that people gave. With --num-cots N it gets N,
+p_s, trained on annotated CoTs in stage 1, has to judge by its own. So stage 2 learns from those: each record
+gets a CoT as p_s samples it, good or bad, and keeps its true score. With --num-cots N it gets N,
 each an example of its own in stage 2. A CoT ends where it reaches the suffix ("So the overall score is"); one
 that ends otherwise is marked as not `finished`, and stage 2 leaves it out.
 
-Interrupted, the same command goes on. The sampling itself is tract/writing.py, the files are tract/files.py.
+After an interruption the same command goes on. The sampling is tract/writing.py, the files tract/files.py.
 """
 
 from tract import runs
@@ -29,9 +29,9 @@ def main() -> None:
         prompts[record["id"]] = prompt_ids(p_s.tokenizer, record["prompt"])
 
     lengths = {id: len(prompt) for id, prompt in prompts.items()}
-    output.begin(p_s, records, lengths)  # leaves out what is too long, goes on after what is finished
+    output.begin(p_s, records, lengths)  # drops what is too long, goes on after the records already written
     for chunk in output.chunks():
-        with output.halving():  # catches that memory runs out: the next chunk is this one, in smaller batches
+        with output.halving():  # out of memory: chunks() gives this chunk again, with a smaller at_once
             chunk_prompts = [prompts[record["id"]] for record in chunk]
             written = write_cots(p_s, chunk, chunk_prompts, args, output.at_once)
             for record, cots in zip(chunk, written, strict=True):
@@ -39,7 +39,7 @@ def main() -> None:
                 fields = {
                     "cots": [cot.text for cot in cots],
                     "finished": [cot.finished for cot in cots],
-                    "suffix": args.grid.suffix.strip(),  # stage 2 has to train on the same one
+                    "suffix": args.grid.suffix.strip(),  # that these CoTs were to end in
                     "grid": str(args.grid),
                 }
                 output.add(record, fields)

@@ -1,6 +1,6 @@
 """The two formulas of TRACT (arXiv 2503.04381): the RAIL predictor and the CoT-RAFT loss; tensors in and out.
 
-Below them stand the other losses that one may want beside the paper's: other penalties, and another CE.
+Below them stand other losses, to be compared with the paper's: other penalties, and another CE.
 Letters: R supervised positions (whose next token carries loss), B sequences, V vocabulary, S scores.
 """
 
@@ -20,7 +20,7 @@ class Rail(NamedTuple):
 def rail(logits: Tensor, *, score_ids: Tensor, score_values: Tensor) -> Rail:
     """Return the regression-aware prediction (RAIL): the expected score under the next-token distribution.
 
-        ŷ = Σ_v p(str(v) | x, CoT) · v        the paper's RAIL; with a sampled CoT, its CR predictor
+        ŷ = Σ_v p(str(v) | x, CoT) · v        the paper's RAIL; with a sampled CoT, CoT-RAIL
 
     logits        (..., V)  at the position that predicts the score, any float type
     score_ids     (S,)      token ids of the score grid
@@ -39,8 +39,8 @@ def rail(logits: Tensor, *, score_ids: Tensor, score_values: Tensor) -> Rail:
 
 class Loss(NamedTuple):
     total: Tensor  # ce_weight · ce + lam · penalty, with gradient
-    ce: Tensor  # cross-entropy, normalised, detached
-    penalty: Tensor  # mean penalty, by default the squared error, normalised, detached
+    ce: Tensor  # mean cross-entropy a token (a sequence, with ce_sum), detached
+    penalty: Tensor  # mean penalty a sequence, by default the squared error, detached
 
 
 def cot_raft_loss(
@@ -63,24 +63,26 @@ def cot_raft_loss(
 
         λ · (Σ_v p(str(v) | x, CoT) · v − y*)²  −  log p([CoT, y*] | x)        the paper's CoT-RAFT objective
 
-    logits        (R, V)  of the supervised rows alone; prompt and padding never come here
-    targets       (R,)    the token each row has to predict
-    is_score      (R,)    bool, True on the B rows that predict a score
-    true_scores   (R,)    y*, real-valued, on those rows; what it holds on the others does not matter
+    logits        (R, V)  at the supervised positions alone; prompt and padding never come here
+    targets       (R,)    the token to be predicted at each position
+    is_score      (R,)    bool, True at the B positions that predict a score
+    true_scores   (R,)    y*, real-valued, at these positions; what it holds at the others does not matter
     lam           λ, the weight of the penalty; 0 leaves plain CE
     penalty       squared (score units squared), rps or ntl (score units): see `penalty_of`
     ce_weight     weight of the CE; 0 leaves the penalty alone
-    score_ce      what CE sees at the score: token, the grid token nearest to y* (the formula); two-hot, y*
-                  split between two tokens, −Σ_v t(v) log p(str(v)) with t = `two_hot`; or none (the authors'
-                  code). token and two-hot punish off-grid mass.
-    ce_sum        sum the CE over a sequence (the formula) instead of taking the mean over tokens (the code):
-                  divide by sequences instead of tokens
-    n_tokens      CE tokens of the whole optimiser step, n_sequences its sequences: with these as divisors the
-                  micro-batches of a step add up to the same however it is split. Default: this batch's own.
+    score_ce      what the CE is of where the score is predicted (token and two-hot punish off-grid mass):
+                  token    the token in `targets`, that of the grid point nearest to y*, as in the formula
+                  two-hot  y* split between two tokens: −Σ_v t(v) log p(str(v)) with t = `two_hot`
+                  none     there is no CE, as in the authors' code
+    ce_sum        False: the CE is the mean over tokens, as in the authors' code
+                  True: it is summed over each sequence, as in the formula, then the mean over sequences
+    n_tokens      how many tokens with CE the whole optimiser step has (with score_ce "none" without scores),
+    n_sequences   and how many sequences. As divisors they let the micro-batches of a step add up to the same
+                  however it is split. By default they are counted in this batch.
 
     Worked example: one sequence, V = 4, scores 1 and 5 are the tokens 2 and 3, y* = 5. One CoT token has
-    probability .5, the score row is log [.1, .1, .2, .6]. CE = (ln 2 − ln .6) / 2 = .602, squared error =
-    (3.2 − 5)² = 3.24, and with λ = 1 the loss is 3.842.
+    probability .5, the logits of the score are log [.1, .1, .2, .6]. CE = (ln 2 − ln .6) / 2 = .602, squared
+    error = (3.2 − 5)² = 3.24, and with λ = 1 the loss is 3.842.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     score_logits = logits[is_score]  # (B, V)
@@ -126,8 +128,8 @@ def penalty_of(
     if kind == "ntl":
         distances = (score_values - true_scores[:, None]).abs()  # (B, S)
         return (probs * distances).sum(-1)
-    # rps
-    apart = (probs - two_hot(true_scores, score_values)).cumsum(-1)  # P − T, (B, S); the last is 0
+    # What is left is rps. Cumulating the difference of p and two_hot(y) gives P − T, (B, S); the last is 0
+    apart = (probs - two_hot(true_scores, score_values)).cumsum(-1)
     return (apart[:, :-1].square() * score_values.diff()).sum(-1)
 
 
@@ -138,11 +140,13 @@ def two_hot_ce(logits: Tensor, true_scores: Tensor, score_ids: Tensor, score_val
 
 
 def two_hot(true_scores: Tensor, score_values: Tensor) -> Tensor:
-    """Split each true score between its two neighbours on the grid, so that its mean is kept: (B,) → (B, S).
+    """Split each true score (inside the grid) between its two neighbours on it, with itself as their mean.
+
+    (B,) → (B, S).
 
     Worked example: on the grid 1, 5 a true score of 4 becomes (.25, .75); on the grid 1, 3, 5, (0, .5, .5).
     """
-    # The first grid point that is not below y, but never the very first: it needs a left neighbour
+    # The neighbour on the right: the first grid point ≥ y, but not the very first, which has none on its left
     right = torch.searchsorted(score_values, true_scores).clamp(1, len(score_values) - 1)  # (B,)
     left = right - 1
     gap = score_values[right] - score_values[left]

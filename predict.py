@@ -16,6 +16,12 @@ from tract.options import choose_grid, make_writing_parser
 from tract.records import off_grid_line, predicted, significant
 from tract.writing import Cot, load_judge, score, write_cots
 
+NEEDS = {  # --given → fields that records must have
+    None: ("id", "prompt"),
+    "cot": ("id", "prompt", "cot"),
+    "cots": ("id", "prompt", "cots", "finished"),
+}
+
 
 def main() -> None:
     parser = make_writing_parser(__doc__, model="out/stage2", data="test.jsonl", out="out/predictions.jsonl")
@@ -26,39 +32,34 @@ def main() -> None:
     args = parser.parse_args()
     args.grid = choose_grid(args)
     output = Output(args)
-    needs = ["id", "prompt"]
-    if args.given:
-        needs.append(args.given)
-    if args.given == "cots":
-        needs.append("finished")
-    records = read_data(args, needs=tuple(needs))
+    records = read_data(args, needs=NEEDS[args.given])
     judge = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
-    writes = writes_cots(args)
+    samples_cots = writes_cots(args)  # else they are given, or with --no-cot empty
     prompts = {}  # id → token ids
-    given = {}  # id → CoTs that need no writing
-    lengths = {}  # id → tokens that are read before anything is written
+    ready_cots = {}  # id → CoTs that need no sampling
+    lengths = {}  # id → tokens that are read before anything is sampled
     for record in tokenising(records):
         id = record["id"]
         prompts[id] = prompt_ids(judge.tokenizer, record["prompt"])
-        if writes:
+        if samples_cots:
             lengths[id] = len(prompts[id])
         else:
-            given[id] = given_cots(judge.tokenizer, record, prompts[id], args)
-            lengths[id] = max(len(cot.ids) for cot in given[id])
+            ready_cots[id] = ready_cots_of(judge.tokenizer, record, prompts[id], args)
+            lengths[id] = max(len(cot.ids) for cot in ready_cots[id])
 
     output.begin(judge, records, lengths)
     for chunk in output.chunks():
-        with output.halving():  # catches that memory runs out: the next chunk is this one, in smaller batches
-            if writes:
+        with output.halving():  # out of memory: chunks() gives this chunk again, with a smaller at_once
+            if samples_cots:
                 chunk_prompts = [prompts[record["id"]] for record in chunk]
                 chunk_cots = write_cots(judge, chunk, chunk_prompts, args, output.at_once)
             else:
-                chunk_cots = [given[record["id"]] for record in chunk]
-            # CoTs that reached the suffix mostly come with their scores; unfinished and given ones are read
-            unread = [cot for cots in chunk_cots for cot in cots if cot.scores is None]
-            scores_of_unread = score(judge, [cot.ids for cot in unread])
-            for cot, scores in zip(unread, scores_of_unread, strict=True):
-                cot.scores = scores
+                chunk_cots = [ready_cots[record["id"]] for record in chunk]
+            # Where a sampled CoT reached the suffix, its score distribution came with it; the others lack it
+            unscored = [cot for cots in chunk_cots for cot in cots if cot.scores is None]
+            distributions = score(judge, [cot.ids for cot in unscored])
+            for cot, distribution in zip(unscored, distributions, strict=True):
+                cot.scores = distribution
             for record, cots in zip(chunk, chunk_cots, strict=True):
                 output.add(record, fields_of(cots, args))
     lines = output.finish()  # of the whole file, with those of an earlier run
@@ -68,15 +69,14 @@ def main() -> None:
     runs.report(empty, "without any mass on the grid: nothing to renormalise, their prediction is null")
 
 
-def given_cots(tokenizer, record: dict, prompt: list[int], args) -> list[Cot]:
-    """Return the CoTs that a record brings, for --no-cot an empty one, without scores."""
-    texts = [""]  # --no-cot
-    finished = [True]
-    if args.given == "cot":
-        texts = [record["cot"]]
+def ready_cots_of(tokenizer, record: dict, prompt: list[int], args) -> list[Cot]:
+    """Return the CoTs that a record has (--given), for --no-cot an empty one, without scores."""
     if args.given == "cots":
         texts = record["cots"]
         finished = record["finished"]
+    else:
+        texts = [record["cot"]] if args.given == "cot" else [""]
+        finished = [True]
     cots = []
     for text, is_finished in zip(texts, finished, strict=True):
         ids = prefix_ids(tokenizer, prompt, text, args.grid)  # prompt, CoT and suffix
@@ -86,7 +86,7 @@ def given_cots(tokenizer, record: dict, prompt: list[int], args) -> list[Cot]:
 
 def fields_of(cots: list[Cot], args) -> dict:
     """Return what predict.py adds to a record; the prediction is the mean over its CoTs."""
-    # Rounded first: the prediction can be computed from what the file holds
+    # Round before computing, so that anyone can compute the prediction from the file
     score_probs = [[significant(p) for p in cot.scores.probs] for cot in cots]
     prediction, decoded = predicted(score_probs, args.grid, args.renormalise)
     return {

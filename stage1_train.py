@@ -5,7 +5,7 @@
     python stage1_train.py --model SEED --data train.jsonl --valid valid.jsonl --out out/run/stage1
 
 Writes an ordinary Hugging Face checkpoint to --out, or with LoRA (the 7B and 8B models) a PEFT adapter, with
-log.jsonl (a line a step) and run.json. The defaults shown are those of the --model given.
+log.jsonl (a line a step) and run.json. --help shows the defaults of the --model that is given with it.
 """
 
 import math
@@ -61,7 +61,7 @@ DEFAULTS = {
         "lora": None,
     },
 }
-LOGITS = 2**24  # logits held at a time: 64 MiB in fp32, and three times that with what the loss makes of them
+MAX_LOGITS = 2**24  # at a time: 64 MiB in fp32, and as much again for log-softmax and gradient each
 
 
 def collate(examples: list[Example], pad_id: int) -> dict[str, Tensor]:
@@ -84,7 +84,7 @@ def collate(examples: list[Example], pad_id: int) -> dict[str, Tensor]:
     batch = {
         "ids": ids,  # (B, T)
         "supervised": supervised,  # (B, T)
-        "targets": ids.roll(-1, 1)[supervised],  # (R,)
+        "targets": ids.roll(-1, dims=1)[supervised],  # (R,), the next token; no last one is supervised
         "is_score": is_score[supervised],  # (R,)
         "true_scores": true_scores[supervised],  # (R,)
     }
@@ -102,16 +102,17 @@ def supervised_states(model, batch: dict[str, Tensor], bf16: bool) -> Tensor:
 
 
 def loss_in_parts(model, states: Tensor, batch: dict, loss_options: dict, bf16: bool) -> Iterator[Loss]:
-    """Yield the loss of a few supervised positions at a time: no more than LOGITS logits exist at once.
+    """Yield the loss of a few supervised positions at a time: no more than MAX_LOGITS exist at once.
 
-    loss_options: the arguments of cot_raft_loss, but for those that the batch has.
+    loss_options: the arguments of cot_raft_loss but for those of the batch. With the divisors n_tokens and
+    n_sequences among them, the parts add up to the loss of the batch.
     """
-    size = max(1, LOGITS // model.config.get_text_config().vocab_size)
+    size = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
     for start in range(0, len(states), size):
         positions = slice(start, start + size)
         labels = {name: batch[name][positions] for name in ("targets", "is_score", "true_scores")}
         with autocast(bf16):
-            # (r, V) for these r positions; in fp32 for the score tokens, whose distribution bf16 would blur
+            # (r, V) for these r positions, the score tokens' in fp32: bf16 would blur their distribution
             logits = score_logits(model, states[positions], loss_options["score_ids"])
             part = cot_raft_loss(logits, **labels, **loss_options)
         del logits  # the backward pass has what it needs of them
@@ -119,7 +120,7 @@ def loss_in_parts(model, states: Tensor, batch: dict, loss_options: dict, bf16: 
 
 
 def accumulate_gradients(model, window: list[Example], loss_options: dict, pad_id: int, args) -> Tensor:
-    """Add the gradient of a step's loss to the weights, a micro-batch at a time; returns loss, CE, penalty.
+    """Add the gradient of a step's loss to the weights, a micro-batch at a time; return loss, CE, penalty.
 
     Losses are divided by the tokens and sequences of the whole window: they add up to the same however it is
     split into micro-batches.
@@ -129,15 +130,17 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, pad_i
         n_tokens -= len(window)
     loss_options = loss_options | {"n_tokens": n_tokens, "n_sequences": len(window)}
     sums = torch.zeros(3, device=device())
-    for examples in ranks.micro_batches(window, args.batch_size):
-        batch = collate(examples, pad_id)
+    for micro_batch in ranks.micro_batches(window, args.batch_size):
+        batch = collate(micro_batch, pad_id)
         states = supervised_states(model, batch, args.bf16)  # (R, D)
         # In short: cot_raft_loss(score_logits(model, states, score_ids), ...).total.backward()
         # But then R × V logits exist at once, which is gigabytes. So cut the graph between decoder and head,
         # go through the head a few positions at a time, adding up the gradient of the states, and send that
         # through the decoder.
         cut = states.detach().requires_grad_()
-        cut.grad = torch.zeros_like(cut)  # for a process without work left, which has no position at all
+        cut.grad = torch.zeros_like(
+            cut
+        )  # stays so where nothing is supervised: an idle process under torchrun
         for part in loss_in_parts(model, cut, batch, loss_options, args.bf16):
             part.total.backward()
             sums += torch.stack([part.total.detach(), part.ce, part.penalty])
@@ -150,8 +153,8 @@ def train(
 ) -> int:
     """Take one optimiser step for each window of examples in the plan, and log it to folder/log.jsonl.
 
-    loss_options: arguments of cot_raft_loss that are the same for every batch. Goes on from folder/state.pt.
-    Returns tokens a second.
+    loss_options: arguments of cot_raft_loss that are the same for every batch. Where an earlier run left a
+    folder/state.pt, it goes on from there. Returns tokens a second.
     """
     steps_per_epoch = len(plan) // args.epochs
     optimiser, schedule = training.make_optimiser(model, args, steps=len(plan))
@@ -161,12 +164,12 @@ def train(
             # Under torchrun, in place, over all processes; in a single one nothing happens
             ranks.add_up([sums, *ranks.gradients(model)])
             norm = ranks.clip(model, args.clip or math.inf)
-            names = ("loss", "ce", "penalty", "grad_norm")
-            numbers = dict(zip(names, [*sums.tolist(), float(norm)], strict=True))
-            finite = all(map(math.isfinite, numbers.values()))
-            if finite:
+            loss, ce, penalty = sums.tolist()
+            measured = {"loss": loss, "ce": ce, "penalty": penalty, "grad_norm": float(norm)}
+            finite = all(map(math.isfinite, measured.values()))
+            if finite:  # one bad step would spoil all weights; of many in a row, the journal makes an end
                 optimiser.step()
-            line = {"step": step, "taken": finite, "lr": schedule.get_last_lr()[0], **numbers}
+            line = {"step": step, "taken": finite, "lr": schedule.get_last_lr()[0], **measured}
             schedule.step()
             optimiser.zero_grad(set_to_none=True)
             if held_out and step % steps_per_epoch == 0:
@@ -184,13 +187,14 @@ def train(
 def evaluate(model, examples: list[Example], loss_options: dict, pad_id: int, args) -> dict:
     """Return mean CE a token and RMSE on held-out examples, on their CoTs as given."""
     model.eval()
-    loss_options = loss_options | {"score_ce": "token", "penalty": "squared", "ce_sum": False}  # for all runs
-    n_tokens = sum(example.supervised for example in examples)
-    loss_options |= {"n_tokens": n_tokens, "n_sequences": len(examples)}
+    # The same measures whatever is trained on, so that runs can be compared
+    loss_options = loss_options | {"score_ce": "token", "penalty": "squared", "ce_sum": False}
+    loss_options["n_tokens"] = sum(example.supervised for example in examples)
+    loss_options["n_sequences"] = len(examples)
     sums = torch.zeros(2, device=device())  # CE, squared error
     by_length = sorted(examples, key=lambda example: len(example.ids))
-    for some_examples in ranks.micro_batches(by_length, args.batch_size):
-        batch = collate(some_examples, pad_id)
+    for micro_batch in ranks.micro_batches(by_length, args.batch_size):
+        batch = collate(micro_batch, pad_id)
         states = supervised_states(model, batch, args.bf16)
         for part in loss_in_parts(model, states, batch, loss_options, args.bf16):
             sums += torch.stack([part.ce, part.penalty])
@@ -200,7 +204,7 @@ def evaluate(model, examples: list[Example], loss_options: dict, pad_id: int, ar
 
 
 def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]]) -> None:
-    """Train args.model on every (record, CoT) pair of args.data; leave all in args.out.
+    """Train args.model on every (record, CoT) pair of args.data; write the checkpoint to args.out.
 
     need: fields that the records have. cots_of(record): its CoTs. Raises InputError or Fault.
     """
@@ -211,9 +215,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     tokenizer = models.load_tokenizer(args.model)
     _, score_ids = score_tokens(tokenizer, args.grid)
     examples = read_examples(args, args.data, need, cots_of, tokenizer, score_ids)
-    held_out = []
-    if args.valid:
-        held_out = read_examples(args, args.valid, need, cots_of, tokenizer, score_ids)
+    held_out = read_examples(args, args.valid, need, cots_of, tokenizer, score_ids)  # [] without --valid
     plan = []
     for epoch in range(args.epochs):
         plan += plan_epoch(examples, args.batch_size * args.accumulation, f"{args.seed}/{epoch}")
@@ -228,7 +230,8 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
 
     # Seed model → p_s (stage 1) or p_tract (stage 2)
     part_folder, settings, _lock = training.begin(args)  # the lock is held until the end
-    if training.finish_if_whole(part_folder, args.out):  # it was killed just before it got its name
+    # An earlier run may have finished the checkpoint, and been killed before the folder got its name
+    if training.finish_if_whole(part_folder, args.out):
         return
     torch.manual_seed(args.seed)
     model = models.load_for_training(args.model, args.lora, args.gradient_checkpointing, args.bf16)
@@ -252,13 +255,15 @@ def main() -> None:
     parser = make_training_parser(__doc__, stage=1, defaults=DEFAULTS)
     parser.add_argument("--no-cot", action="store_true", help="train on the score alone, without any CoT")
     args = parser.parse_args()
-    default_data = Path(parser.get_default("data"))
+    default_data = Path(parser.get_default("data")).resolve()
     if Path(args.data).resolve() == default_data:
         args.valid = args.valid or str(default_data.with_name("valid.jsonl"))
         fetch_data(args, default_data)
     args.grid = choose_grid(args)
     need = ("id", "prompt", "score") if args.no_cot else ("id", "prompt", "cot", "score")
-    run_stage(args, need, cots_of=lambda record: [record["cot"]])  # with --no-cot, it is never called
+    run_stage(
+        args, need, cots_of=lambda record: [record["cot"]]
+    )  # not called with --no-cot: "" is then the CoT
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python stage2_train.py --model SEED --data out/run/cots.jsonl --out out/run/stage2
 
-Stage 1's loop on other data. Training now sees the CoTs that prediction will see: the judge learns what its
-own words are worth. It starts from the seed, not from p_s, which has learned to trust the annotator's words.
---valid takes a file of gen_cot.py, too.
+Stage 1's loop on other data. Training now sees the kind of CoTs that prediction will see: the judge learns
+what its own words are worth. It starts from the seed, not from p_s, which has learned to trust the annotated
+CoTs. --valid, like --data, takes a file of gen_cot.py.
 """
 
 from stage1_train import DEFAULTS, run_stage
@@ -17,18 +17,18 @@ def main() -> None:
     parser = make_training_parser(__doc__, stage=2, defaults=DEFAULTS)
     add = parser.add_argument_group("stage 2").add_argument
     add("--keep-unfinished", action="store_true", help="also train on CoTs that never reached the suffix")
-    add("--continue-from-stage1", action="store_true", help="take p_s as --model (ablation A.4)")
+    add("--continue-from-stage1", action="store_true", help="allow p_s as --model (ablation A.4)")
     args = parser.parse_args()
 
     stage = hub.trained(args.model).get("stage")  # None for a model that was not trained here
     if stage is not None and not args.continue_from_stage1:
-        remedy = "stage 2 starts from the seed model; give that, or --continue-from-stage1 (ablation A.4)"
-        raise InputError(f"{args.model}: the checkpoint of stage {stage}, but {remedy}")
-    args.grid = choose_grid(args)
-    shortened = set()  # ids of records that lost a CoT
+        what = f"{args.model}: the checkpoint of stage {stage}, but stage 2 starts from the seed model"
+        raise InputError(f"{what}; give that, or --continue-from-stage1 (ablation A.4)")
+    args.grid = choose_grid(args)  # that of --grid, else 1 to 5; with A.4, that of p_s
+    shortened = set()  # ids of records that lost a CoT; cots_of fills it while run_stage reads the data
 
     def cots_of(record: dict) -> list[str]:
-        """Return the finished CoTs of a record, and note where some were not; its score is the true one."""
+        """Return the finished CoTs of a record, and note where some were not. Its score is the true one."""
         if "prediction" in record:  # a file of predict.py, which has the same fields
             raise InputError(f"record {record['id']!r} is a prediction; make training data with gen_cot.py")
         cots = []

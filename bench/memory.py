@@ -64,7 +64,7 @@ def estimate(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, 
     if bf16 and not lora and not checkpointing:  # the bf16 copies of the weights
         kept += 2 * sum(m.weight.numel() for m in linear)
     # The logits of a part in fp32, their log-softmax and its gradient; the head in bf16
-    rows = min(sequences * supervised, max(1, stage1_train.LOGITS // config.vocab_size))
+    rows = min(sequences * supervised, max(1, stage1_train.MAX_LOGITS // config.vocab_size))
     logits = 12 * rows * config.vocab_size + (2 * config.vocab_size * h if bf16 and not lora else 0)
     return {
         "weights": parameters * (compute if lora else 4) + (4 * trained if lora else 0),

@@ -68,13 +68,13 @@ def test_the_loop_equals_a_plain_one_for_any_split(options, lab, tiny_tokenizer,
     with torch.no_grad():
         ce, squared = plain_loss(model, examples[:5], score_ids, "")
     last = sum(e.supervised for e in plan[-1])  # which are looked at once more: are the weights spoilt?
-    seen = []  # rows that the head is applied to at once: never a prompt's, never more than LOGITS allow
+    seen = []  # rows that the head is applied to at once: never a prompt's, never more than MAX_LOGITS
     logits = stage1_train.score_logits
     monkeypatch.setattr(stage1_train, "score_logits", lambda *x: seen.append(len(x[1])) or logits(*x))
     command = ["stage1_train", "--data", data, "--valid", valid, "--epochs", 2, "--seed", 3, *options.split()]
     command += ["--lr", 1e-3, "--warmup", 0.2, "--weight-decay", 0.1]
     for batch_size, accumulation, most in SPLITS:
-        monkeypatch.setattr(stage1_train, "LOGITS", most * model.config.vocab_size)
+        monkeypatch.setattr(stage1_train, "MAX_LOGITS", most * model.config.vocab_size)
         out = lab.path / f"out{len(seen)}"
         seen.clear()
         lab.run(*command, "--batch-size", batch_size, "--accumulation", accumulation, "--out", out)

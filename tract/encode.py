@@ -15,7 +15,8 @@ from tract.records import Grid, InputError
 
 MARKUP = re.compile(r"[<\[|].+[>\]|]")  # <think>, [INST], |end|
 PLACEHOLDER = "§PROMPT§"  # stands for the prompt where a chat template is rendered around it
-# Some templates write today's date, which would change every prompt between training and prediction
+# Some templates write today's date, and prompts would differ between training and prediction. They get it
+# from `date_string` or from the function strftime_now, in whose place this macro stands
 DATE = "26 Jul 2024"
 SAME_DATE = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro %}\n"
 
@@ -52,8 +53,8 @@ def enable_thinking(tokenizer) -> bool | None:
 def control_tokens(tokenizer) -> dict[int, str]:
     """Return the tokens that only a chat template may write, such as </s> and <think>, by id.
 
-    These are the special ones, and what was added to the vocabulary and looks like markup. Words and runs of
-    spaces were added to some, too, and are text.
+    These are the special ones, and what was added to the vocabulary and looks like markup. To some
+    vocabularies words and runs of spaces were added, too: these are text.
     """
     added = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items()}
     added = {id: token for id, token in added.items() if MARKUP.fullmatch(token)}
@@ -63,17 +64,17 @@ def control_tokens(tokenizer) -> dict[int, str]:
 def text_ids(tokenizer, text: str) -> list[int]:
     """Tokenise somebody's text, in which "</s>" or "<think>" is text: it can't become a control token."""
     control = control_tokens(tokenizer)
-    # The tokenizer splits up special tokens if asked to, but not control tokens that are not special
-    others = set(control.values()) - set(tokenizer.all_special_tokens)
+    # split_special_tokens breaks up the special ones; all other control tokens have to be cut by hand
+    not_special = set(control.values()) - set(tokenizer.all_special_tokens)
     ids = []
-    for piece in cut_in_two(text, others):
+    for piece in cut_inside(text, not_special):
         ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
     # A word-level vocabulary still finds control tokens, as words it knows
     return [tokenizer.unk_token_id if id in control else id for id in ids]
 
 
-def cut_in_two(text: str, tokens: Iterable[str]) -> list[str]:
-    """Cut a text behind the first character of each of these tokens in it: no piece holds one whole."""
+def cut_inside(text: str, tokens: Iterable[str]) -> list[str]:
+    """Cut a text inside every occurrence of these tokens, behind its first character: no piece holds one."""
     cuts = {len(text)}
     for token in tokens:
         start = text.find(token)
@@ -93,7 +94,8 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
     before, after = template_halves(tokenizer)
     prompt = prompt.strip()  # as most templates do by themselves
     if any(token in prompt for token in control_tokens(tokenizer).values()):
-        # Tokenise the template's halves apart from the prompt: only they may hold control tokens
+        # Tokenise the template's halves apart from the prompt: only they may hold control tokens. Other
+        # prompts are not cut off from their template: tokens may merge across the border, as anywhere else
         ids = tokenizer(before, add_special_tokens=False).input_ids + text_ids(tokenizer, prompt)
         ids += tokenizer(after, add_special_tokens=False).input_ids
     else:
@@ -136,8 +138,10 @@ def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
     score_ids = []
     for token in grid.tokens:
         ids = target_ids(tokenizer, cot, token, grid.suffix)
-        is_usable = ids[-1] not in score_ids and ids[-1] != tokenizer.unk_token_id
-        if ids[:-1] != first[:-1] or not is_usable:
+        same_before = ids[:-1] == first[:-1]
+        is_known = ids[-1] != tokenizer.unk_token_id
+        is_new = ids[-1] not in score_ids
+        if not (same_before and is_known and is_new):
             what = f"{name}: scores {grid.tokens[0]!r} and {token!r} do not differ in exactly one token"
             remedy = "name each by one: --grid 1,2,3,4,5,6,7,8,9,0=10 for 1 to 10, or letters, A=1,B=2,C=3"
             raise InputError(f"{what} ({first[-3:]}, {ids[-3:]}); {remedy}")
@@ -145,7 +149,7 @@ def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
     if len(first) < 2:
         raise InputError(f"{name}: its tokenizer knows no word of the suffix; is it the model's own?")
     cot_ids = text_ids(tokenizer, cot)
-    n_shared = 0  # leading tokens that are those of the CoT alone
+    n_shared = 0  # the last token of the CoT alone may be another one where a suffix follows
     while n_shared < len(cot_ids) and cot_ids[n_shared] == first[n_shared]:
         n_shared += 1
     return first[n_shared:-1], score_ids

@@ -23,8 +23,15 @@ def check_options(args) -> None:
         raise InputError(f"--lora {args.lora}: {args.model} has adapters of rank {rank}; leave that away")
 
 
-def read_examples(args, path: str, need: tuple, cots_of: Callable, tokenizer, score_ids) -> list[Example]:
-    """Read records and encode every (record, CoT) pair that is not too long. Raises InputError."""
+def read_examples(
+    args, path: str | None, need: tuple, cots_of: Callable, tokenizer, score_ids: list[int]
+) -> list[Example]:
+    """Read records, and encode every (record, CoT) pair that is not too long; [] without a path.
+
+    Raises InputError.
+    """
+    if path is None:
+        return []
     records = read_records(path, args.grid, need)
     longest = min(args.max_length, tokenizer.positions)
     examples = []
