@@ -55,6 +55,7 @@ def cot_raft_loss(
     penalty: str = "squared",
     ce_weight: float = 1.0,
     score_ce: str = "token",
+    score_weight: float | None = None,
     ce_sum: bool = False,
     n_tokens: int | None = None,
     n_sequences: int | None = None,
@@ -74,6 +75,8 @@ def cot_raft_loss(
                   token    the token in `targets`, that of the grid point nearest to y*, as in the formula
                   two-hot  y* split between two tokens: −Σ_v t(v) log p(str(v)) with t = `two_hot`
                   none     there is no CE, as in the authors' code
+    score_weight  None: the score is one token among those of its CoT
+                  w: its CE is a mean over sequences, CE = Σ_CoT / n_tokens + w · Σ_score / n_sequences
     ce_sum        False: the CE is the mean over tokens, as in the authors' code
                   True: it is summed over each sequence, as in the formula, then the mean over sequences
     n_tokens      how many tokens with CE the whole optimiser step has (with score_ce "none" without scores),
@@ -82,7 +85,8 @@ def cot_raft_loss(
 
     Worked example: one sequence, V = 4, scores 1 and 5 are the tokens 2 and 3, y* = 5. One CoT token has
     probability .5, the logits of the score are log [.1, .1, .2, .6]. CE = (ln 2 − ln .6) / 2 = .602, squared
-    error = (3.2 − 5)² = 3.24, and with λ = 1 the loss is 3.842.
+    error = (3.2 − 5)² = 3.24, and with λ = 1 the loss is 3.842. With score_weight 1, CE = ln 2 / 2 − ln .6 =
+    .857.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     score_logits = logits[is_score]  # (B, V)
@@ -97,8 +101,10 @@ def cot_raft_loss(
         nll = nll[~is_score]  # (R − B,)
     if n_tokens is None:
         n_tokens = len(nll)
-    divisor = n_sequences if ce_sum else n_tokens
-    ce = nll.sum() / max(divisor, 1)  # max: a batch may hold no CE token, its CE is then 0
+    divisor = max(n_sequences if ce_sum else n_tokens, 1)  # a batch may hold no CE token, its CE is then 0
+    if score_weight is not None:
+        nll[is_score] *= score_weight * divisor / max(n_sequences, 1)
+    ce = nll.sum() / divisor
 
     penalties = penalty_of(penalty, score_logits, y, score_ids, score_values)  # (B,)
     mean_penalty = penalties.sum() / max(n_sequences, 1)

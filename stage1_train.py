@@ -188,7 +188,8 @@ def evaluate(model, examples: list[Example], loss_options: dict, pad_id: int, ar
     """Return mean CE a token and RMSE on held-out examples, on their CoTs as given."""
     model.eval()
     # The same measures whatever is trained on, so that runs can be compared
-    loss_options = loss_options | {"score_ce": "token", "penalty": "squared", "ce_sum": False}
+    same = {"score_ce": "token", "score_weight": None, "penalty": "squared", "ce_sum": False}
+    loss_options = loss_options | same
     loss_options["n_tokens"] = sum(example.supervised for example in examples)
     loss_options["n_sequences"] = len(examples)
     sums = torch.zeros(2, device=device())  # CE, squared error
@@ -239,7 +240,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
         ranks.spread(model)
     models.print_memory(model)
     loss_options = models.score_tensors(score_ids, args.grid)  # score_ids and score_values
-    for name in ("lam", "penalty", "ce_weight", "score_ce", "ce_sum"):
+    for name in ("lam", "penalty", "ce_weight", "score_ce", "score_weight", "ce_sum"):
         loss_options[name] = getattr(args, name)
     pad_id = tokenizer.eos_token_id  # nothing depends on it, and the padding token may have no embedding
     try:

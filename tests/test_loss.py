@@ -26,6 +26,7 @@ def test_worked_examples():
     assert [x.item() for x in loss()] == pytest.approx([3.842, ce, 3.24], abs=5e-4)
     assert loss(score_ce="none").ce.item() == pytest.approx(math.log(2))
     assert loss(ce_sum=True).ce.item() == pytest.approx(2 * ce)
+    assert loss(score_weight=1).ce.item() == pytest.approx(math.log(2) / 2 - math.log(0.6))
     assert loss(ce_weight=0, lam=2).total.item() == pytest.approx(6.48)
     batch["true_scores"][1] = 4
     two = loss(**batch, score_ce="two-hot", ce_sum=True).ce.item()
@@ -66,40 +67,44 @@ def distance(kind: str, p: torch.Tensor, y: float) -> torch.Tensor:
 
 
 CHOICES = [
-    ("token", "squared"),
-    ("none", "squared"),
-    ("two-hot", "rps"),
-    ("two-hot", "ntl"),
-    ("token", "rps"),
+    ("token", None, "squared"),
+    ("none", None, "squared"),
+    ("two-hot", None, "rps"),
+    ("two-hot", 0.6, "ntl"),
+    ("token", 2.5, "rps"),
 ]
 
 
 @pytest.mark.parametrize("ce_sum", [False, True])
-@pytest.mark.parametrize(("score_ce", "penalty"), CHOICES)
-def test_equals_an_independent_reference_in_value_and_gradient(score_ce, penalty, ce_sum):
+@pytest.mark.parametrize(("score_ce", "weight", "penalty"), CHOICES)
+def test_equals_an_independent_reference_in_value_and_gradient(score_ce, weight, penalty, ce_sum):
     """The reference is the formula sequence by sequence, with explicit exponentials, in float64."""
     ours, batch = random_batch(0)
     theirs = ours.detach().clone().requires_grad_()
     options = {"lam": 0.7, "ce_weight": 1.3, "score_ce": score_ce, "penalty": penalty, "ce_sum": ce_sum}
+    options["score_weight"] = weight
     loss = cot_raft_loss(ours, **batch, **FIVE, **options).total
     loss.backward()
-    log_likelihood, apart, n_tokens, row = 0.0, 0.0, 0, 0
+    of_cots, of_scores, apart, row = 0.0, 0.0, 0.0, 0
     for n in ROWS:
         p = theirs[row : row + n].exp() / theirs[row : row + n].exp().sum(1, keepdim=True)
         y, grid = TRUE[row + n - 1].item(), p[n - 1, FIVE["score_ids"]]
-        for t in range(n if score_ce == "token" else n - 1):
-            log_likelihood, n_tokens = log_likelihood + p[t, batch["targets"][row + t]].log(), n_tokens + 1
+        for t in range(n - 1):
+            of_cots -= p[t, batch["targets"][row + t]].log()
+        if score_ce == "token":
+            of_scores -= p[n - 1, batch["targets"][row + n - 1]].log()
         if score_ce == "two-hot":
-            n_tokens += 1
             for v in range(1, 6):
-                log_likelihood = log_likelihood + max(0, 1 - abs(v - y)) * grid[v - 1].log()
+                of_scores -= max(0, 1 - abs(v - y)) * grid[v - 1].log()
         apart, row = apart + distance(penalty, grid, y), row + n
-    reference = 1.3 * -log_likelihood / (4 if ce_sum else n_tokens) + 0.7 * apart / 4
+    divisor = 4 if ce_sum else sum(ROWS) - 4 * (score_ce == "none")
+    ce = of_cots / divisor + (of_scores / divisor if weight is None else weight * of_scores / 4)
+    reference = 1.3 * ce + 0.7 * apart / 4
     reference.backward()
     torch.testing.assert_close((loss, ours.grad), (reference, theirs.grad), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"score_ce": "two-hot", "penalty": "rps"}, {"penalty": "ntl"}])
+@pytest.mark.parametrize("options", [{}, {"score_ce": "two-hot", "penalty": "rps"}, {"score_weight": 2.0}])
 @pytest.mark.parametrize("cuts", [[4], [2, 3, 7], [*range(1, 11)]])
 def test_micro_batches_add_up_to_the_whole_step(cuts, options):
     """Batches may end within a sequence and hold no score at all."""

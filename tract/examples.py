@@ -18,6 +18,8 @@ def check_options(args) -> None:
     """Refuse options that do not go together with each other or with the model. Raises InputError."""
     if args.fsdp and (args.lora or not ranks.launched()):
         raise InputError("--fsdp: spreads all weights (--full) over the processes that torchrun starts")
+    if args.score_weight is not None and args.score_ce == "none":
+        raise InputError("--score-weight: with --score-ce none there is no CE to weigh; leave one away")
     rank = hub.read(args.model, "adapter_config.json").get("r", args.lora)
     if args.lora and args.lora != rank:
         raise InputError(f"--lora {args.lora}: {args.model} has adapters of rank {rank}; leave that away")

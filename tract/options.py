@@ -43,6 +43,7 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
     add("--penalty", choices=("squared", "rps", "ntl"), default="squared", help="distance to the true score")
     add("--ce-weight", type=WEIGHT, default=1.0, help="weight of the CE; 0 leaves the penalty alone")
     add("--score-ce", choices=("token", "two-hot", "none"), default="token", help="what CE sees at the score")
+    add("--score-weight", type=WEIGHT, help="weight of the CE at the score, as λ's; None: one token's share")
     add("--ce-sum", action="store_true", help="sum CE over a sequence, as the formula; else mean of tokens")
     add = parser.add_argument_group("optimiser").add_argument
     add("--lr", type=WEIGHT, help="peak learning rate of AdamW")
