@@ -39,8 +39,8 @@ def rail(logits: Tensor, *, score_ids: Tensor, score_values: Tensor) -> Rail:
 
 class Loss(NamedTuple):
     total: Tensor  # ce_weight · ce + lam · penalty, with gradient
-    ce: Tensor  # mean cross-entropy a token (a sequence, with ce_sum), detached
-    penalty: Tensor  # mean penalty a sequence, by default the squared error, detached
+    ce: Tensor  # mean cross-entropy per token (with ce_sum per sequence), detached
+    penalty: Tensor  # mean penalty per sequence, by default the squared error, detached
 
 
 def cot_raft_loss(
@@ -68,20 +68,24 @@ def cot_raft_loss(
     targets       (R,)    the token to be predicted at each position
     is_score      (R,)    bool, True at the B positions that predict a score
     true_scores   (R,)    y*, real-valued, at these positions; what it holds at the others does not matter
+    n_tokens, n_sequences
+                  tokens with CE and sequences of the whole optimiser step. As divisors they let its micro-batches
+                  add up to the same however it is split. By default they are counted in this batch.
+
+    The defaults of all else are TRACT; other choices are there to be compared with it:
+
     lam           λ, the weight of the penalty; 0 leaves plain CE
     penalty       squared (score units squared), rps or ntl (score units): see `penalty_of`
     ce_weight     weight of the CE; 0 leaves the penalty alone
-    score_ce      what the CE is of where the score is predicted (token and two-hot punish off-grid mass):
+    score_ce      the target of the CE at the score's position (token and two-hot punish off-grid mass):
                   token    the token in `targets`, that of the grid point nearest to y*, as in the formula
                   two-hot  y* split between two tokens: −Σ_v t(v) log p(str(v)) with t = `two_hot`
                   none     there is no CE, as in the authors' code
     score_weight  None: the score is one token among those of its CoT
-                  w: its CE is a mean over sequences, CE = Σ_CoT / n_tokens + w · Σ_score / n_sequences
+                  w: its CE has a divisor of its own, CE = Σ_CoT / n_tokens + w · Σ_score / n_sequences,
+                  where n_tokens counts the scores, too (and with ce_sum is n_sequences)
     ce_sum        False: the CE is the mean over tokens, as in the authors' code
                   True: it is summed over each sequence, as in the formula, then the mean over sequences
-    n_tokens      how many tokens with CE the whole optimiser step has (with score_ce "none" without scores),
-    n_sequences   and how many sequences. As divisors they let the micro-batches of a step add up to the same
-                  however it is split. By default they are counted in this batch.
 
     Worked example: one sequence, V = 4, scores 1 and 5 are the tokens 2 and 3, y* = 5. One CoT token has
     probability .5, the logits of the score are log [.1, .1, .2, .6]. CE = (ln 2 − ln .6) / 2 = .602, squared
@@ -89,24 +93,25 @@ def cot_raft_loss(
     .857.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    score_logits = logits[is_score]  # (B, V)
+    logits_at_score = logits[is_score]  # (B, V)
     y = true_scores[is_score].to(logits.dtype)  # (B,)
     if n_sequences is None:
         n_sequences = len(y)
 
     nll = F.cross_entropy(logits, targets, reduction="none")  # (R,)
     if score_ce == "two-hot":
-        nll[is_score] = two_hot_ce(score_logits, y, score_ids, score_values)
+        nll[is_score] = two_hot_ce(logits_at_score, y, score_ids, score_values)
     elif score_ce == "none":
         nll = nll[~is_score]  # (R − B,)
     if n_tokens is None:
         n_tokens = len(nll)
     divisor = max(n_sequences if ce_sum else n_tokens, 1)  # a batch may hold no CE token, its CE is then 0
-    if score_weight is not None:
-        nll[is_score] *= score_weight * divisor / max(n_sequences, 1)
-    ce = nll.sum() / divisor
+    if score_weight is None:
+        ce = nll.sum() / divisor
+    else:  # there has to be a CE at the score
+        ce = nll[~is_score].sum() / divisor + score_weight * nll[is_score].sum() / max(n_sequences, 1)
 
-    penalties = penalty_of(penalty, score_logits, y, score_ids, score_values)  # (B,)
+    penalties = penalty_of(penalty, logits_at_score, y, score_ids, score_values)  # (B,)
     mean_penalty = penalties.sum() / max(n_sequences, 1)
     return Loss(ce_weight * ce + lam * mean_penalty, ce.detach(), mean_penalty.detach())
 
@@ -116,8 +121,10 @@ def penalty_of(
 ) -> Tensor:
     """Return what λ weighs, (B,): how far each score distribution is from its true score y.
 
+    Where y varies (between raters of the same response, say), each is least for another distribution:
+
     squared  (Σ_v p(v) · v − y)², RAFT's. Least where the expected score is the mean of y. Mass off the grid
-             is worth 0, and so is punished.
+             counts as a score of 0.
     rps      Σ_k (v[k+1] − v[k]) · (P[k] − T[k])², the ranked probability score (Epstein 1969); P and T are
              the cumulated p and two_hot(y). It is proper: least where p is the distribution of y.
     ntl      Σ_v p(v) · |v − y|, the number-token loss (arXiv 2411.02083). Least at a median of y.
@@ -146,7 +153,7 @@ def two_hot_ce(logits: Tensor, true_scores: Tensor, score_ids: Tensor, score_val
 
 
 def two_hot(true_scores: Tensor, score_values: Tensor) -> Tensor:
-    """Split each true score (inside the grid) between its two neighbours on it, with itself as their mean.
+    """Split each true score (inside the grid) between its two neighbours on it, so that the mean is y.
 
     (B,) → (B, S).
 

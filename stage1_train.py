@@ -44,7 +44,7 @@ PAPER = {
     "lora": None,  # all weights are trained
 }
 DEFAULTS = {
-    "any other": PAPER,
+    "any other": PAPER,  # model that is not named here
     "mistral-7b": PAPER | {"lora": 8},
     "llama-3.1-8b": PAPER | {"lora": 8},
     "prometheus-2-7b": PAPER | {"lora": 8},
@@ -138,9 +138,7 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, pad_i
         # go through the head a few positions at a time, adding up the gradient of the states, and send that
         # through the decoder.
         cut = states.detach().requires_grad_()
-        cut.grad = torch.zeros_like(
-            cut
-        )  # stays so where nothing is supervised: an idle process under torchrun
+        cut.grad = torch.zeros_like(cut)  # all that there is where no position is supervised (see ranks.py)
         for part in loss_in_parts(model, cut, batch, loss_options, args.bf16):
             part.total.backward()
             sums += torch.stack([part.total.detach(), part.ce, part.penalty])
@@ -167,7 +165,7 @@ def train(
             loss, ce, penalty = sums.tolist()
             measured = {"loss": loss, "ce": ce, "penalty": penalty, "grad_norm": float(norm)}
             finite = all(map(math.isfinite, measured.values()))
-            if finite:  # one bad step would spoil all weights; of many in a row, the journal makes an end
+            if finite:  # one bad step would spoil all weights; after many in a row, end_step gives up
                 optimiser.step()
             line = {"step": step, "taken": finite, "lr": schedule.get_last_lr()[0], **measured}
             schedule.step()
@@ -207,7 +205,8 @@ def evaluate(model, examples: list[Example], loss_options: dict, pad_id: int, ar
 def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]]) -> None:
     """Train args.model on every (record, CoT) pair of args.data; write the checkpoint to args.out.
 
-    need: fields that the records have. cots_of(record): its CoTs. Raises InputError or Fault.
+    need: fields that the records have. cots_of(record): its CoTs; with args.no_cot, "" is used instead.
+    Raises InputError or Fault.
     """
     started = time.time()
     ranks.join()
@@ -231,7 +230,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
 
     # Seed model → p_s (stage 1) or p_tract (stage 2)
     part_folder, settings, _lock = training.begin(args)  # the lock is held until the end
-    # An earlier run may have finished the checkpoint, and been killed before the folder got its name
+    # The folder gets its name at the very end; an earlier run may have been killed just before that
     if training.finish_if_whole(part_folder, args.out):
         return
     torch.manual_seed(args.seed)
@@ -257,14 +256,12 @@ def main() -> None:
     parser.add_argument("--no-cot", action="store_true", help="train on the score alone, without any CoT")
     args = parser.parse_args()
     default_data = Path(parser.get_default("data")).resolve()
-    if Path(args.data).resolve() == default_data:
+    if Path(args.data).resolve() == default_data:  # it can be fetched, and comes with held-out records
         args.valid = args.valid or str(default_data.with_name("valid.jsonl"))
         fetch_data(args, default_data)
     args.grid = choose_grid(args)
     need = ("id", "prompt", "score") if args.no_cot else ("id", "prompt", "cot", "score")
-    run_stage(
-        args, need, cots_of=lambda record: [record["cot"]]
-    )  # not called with --no-cot: "" is then the CoT
+    run_stage(args, need, cots_of=lambda record: [record["cot"]])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from stage1_train import collate
-from tract.encode import enable_thinking, encode, prefix_ids, prompt_ids, score_tokens
+from tract.encode import encode, prefix_ids, prompt_ids, score_tokens, thinking_setting
 from tract.records import SUFFIX, Grid, InputError
 
 GRID, PROMPT, COT = Grid(), "Is it good?", "The answer is good."
@@ -118,7 +118,7 @@ def test_models_that_can_think_are_told_not_to(name, gpt2_tokenizer, monkeypatch
     monkeypatch.setattr(gpt2_tokenizer, "chat_template", template)
     text = gpt2_tokenizer.decode(prompt_ids(gpt2_tokenizer, PROMPT))
     assert text.endswith(THINKING[name]) and text.count(PROMPT) == 1
-    assert enable_thinking(gpt2_tokenizer) is (None if name == "qwen2_5" else False)
+    assert thinking_setting(gpt2_tokenizer) is (None if name == "qwen2_5" else False)
 
 
 def test_tokens_that_were_added_are_text_in_a_text_and_tokens_in_a_template(gpt2_tokenizer):

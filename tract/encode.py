@@ -1,6 +1,6 @@
 """From a record to token ids: chat template, score tokens, and which positions carry loss. No torch here.
 
-    prompt ids | CoT ids, suffix ids | score id     | end of sequence
+    prompt ids | CoT ids, suffix ids | score id     | end of sequence      suffix: "So the overall score is"
     no loss    | CE                  | CE, penalty  | CE
 
 Training, generation and scoring all encode through this file, so a CoT is read exactly as it was trained on.
@@ -15,8 +15,8 @@ from tract.records import Grid, InputError
 
 MARKUP = re.compile(r"[<\[|].+[>\]|]")  # <think>, [INST], |end|
 PLACEHOLDER = "§PROMPT§"  # stands for the prompt where a chat template is rendered around it
-# Some templates write today's date, and prompts would differ between training and prediction. They get it
-# from `date_string` or from the function strftime_now, in whose place this macro stands
+# Some templates write today's date, which would make prompts of training and prediction differ. They read it
+# from the variable `date_string` or from the function strftime_now, which this macro overrides
 DATE = "26 Jul 2024"
 SAME_DATE = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro %}\n"
 
@@ -39,13 +39,13 @@ def template_halves(tokenizer) -> tuple[str, str]:
     except Exception as error:  # a template can raise anything
         raise InputError(f"{tokenizer.name_or_path}: its chat template fails ({error}); mend it") from None
     if text.count(PLACEHOLDER) != 1:
-        raise InputError(f"{tokenizer.name_or_path}: its chat template does not hold the prompt once")
+        raise InputError(f"{tokenizer.name_or_path}: its chat template has to hold the prompt exactly once")
     before, after = text.split(PLACEHOLDER)
     return before, after
 
 
-def enable_thinking(tokenizer) -> bool | None:
-    """Return what a chat template is told for `enable_thinking` (noted in run.json): None for most."""
+def thinking_setting(tokenizer) -> bool | None:
+    """Return what run.json notes: False if the template knows `enable_thinking` (see above), else None."""
     asks = bool(tokenizer.chat_template) and "enable_thinking" in tokenizer.get_chat_template()
     return False if asks else None
 
@@ -69,7 +69,7 @@ def text_ids(tokenizer, text: str) -> list[int]:
     ids = []
     for piece in cut_inside(text, not_special):
         ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
-    # A word-level vocabulary still finds control tokens, as words it knows
+    # Only a word-level vocabulary, which has a token for unknown words, still finds control tokens as words
     return [tokenizer.unk_token_id if id in control else id for id in ids]
 
 
@@ -94,11 +94,10 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
     before, after = template_halves(tokenizer)
     prompt = prompt.strip()  # as most templates do by themselves
     if any(token in prompt for token in control_tokens(tokenizer).values()):
-        # Tokenise the template's halves apart from the prompt: only they may hold control tokens. Other
-        # prompts are not cut off from their template: tokens may merge across the border, as anywhere else
+        # Tokenise the template's halves apart from the prompt: only they may hold control tokens
         ids = tokenizer(before, add_special_tokens=False).input_ids + text_ids(tokenizer, prompt)
         ids += tokenizer(after, add_special_tokens=False).input_ids
-    else:
+    else:  # as one text, which is what the model knows from its own training
         ids = tokenizer(before + prompt + after, add_special_tokens=False).input_ids
     bos = tokenizer.bos_token_id
     # Some templates write BOS themselves, some leave it to the tokenizer, and a few models (Qwen) use none
@@ -149,7 +148,7 @@ def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
     if len(first) < 2:
         raise InputError(f"{name}: its tokenizer knows no word of the suffix; is it the model's own?")
     cot_ids = text_ids(tokenizer, cot)
-    n_shared = 0  # the last token of the CoT alone may be another one where a suffix follows
+    n_shared = 0  # how many tokens begin both; the last one of the CoT may have merged with the suffix
     while n_shared < len(cot_ids) and cot_ids[n_shared] == first[n_shared]:
         n_shared += 1
     return first[n_shared:-1], score_ids

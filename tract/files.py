@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from tract import hub, runs
-from tract.encode import enable_thinking
+from tract.encode import thinking_setting
 from tract.records import PREDICTED, InputError, read_records
 from tract.runs import Fault
 from tract.writing import Judge
@@ -81,7 +81,7 @@ class Output:
             what = f"all {len(records)} records are longer than {self.longest} tokens"
             raise InputError(f"{self.args.data}: {what}, the shortest has {min(lengths.values())}")
         self.longest_first = sorted(self.records, key=lambda record: -lengths[record["id"]])
-        self.enable_thinking = enable_thinking(judge.tokenizer)
+        self.enable_thinking = thinking_setting(judge.tokenizer)
         self.part, self.settings, self.lock = runs.begin(self.args)
         self.lines = {}  # id → line of a finished record
         self.file = self.part / "records.jsonl"

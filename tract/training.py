@@ -14,7 +14,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from tract import ranks, runs
-from tract.encode import Example, enable_thinking
+from tract.encode import Example, thinking_setting
 from tract.runs import Fault
 
 BAD_STEPS = 10  # steps in a row without a finite loss after which training stops
@@ -53,7 +53,7 @@ def save_checkpoint(args, model, tokenizer, part: Path, settings: dict, started:
         raise Fault(f"{part}: the checkpoint can't be written ({error}); {runs.GO_ON}") from None
     shutil.copy(part / "log.jsonl", whole)
     (whole / "README.md").unlink(missing_ok=True)  # peft's, a form to fill in
-    facts |= {"last_step": log[-1], "enable_thinking": enable_thinking(tokenizer)}
+    facts |= {"last_step": log[-1], "enable_thinking": thinking_setting(tokenizer)}
     runs.write_run(whole / "run.json", args, settings, started, **facts)
     runs.finish(part, args.out)
     print(f"{args.out}: stage {args.stage} done in {time.time() - started:.0f} s")
