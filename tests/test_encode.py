@@ -97,7 +97,7 @@ def test_a_template_is_kept_but_for_its_date_and_refused_where_it_fails(gpt2_tok
     monkeypatch.setattr(gpt2_tokenizer, "chat_template", " \n{{ strftime_now('%Y-%m-%d') }}: " + BARE)
     assert gpt2_tokenizer.decode(prompt_ids(gpt2_tokenizer, PROMPT)) == f" \n26 Jul 2024: {PROMPT}"
     wrong = {"{{ raise_exception('no system role') }}": r"fails \(no system role\)", "{% if %}": r"fails \("}
-    wrong |= {"[INST]": "exactly once", BARE + BARE: "does not hold the prompt once"}
+    wrong |= {"[INST]": "exactly once", BARE + BARE: "exactly once"}
     for template, message in wrong.items():
         monkeypatch.setattr(gpt2_tokenizer, "chat_template", template)
         with pytest.raises(InputError, match=f"its chat template {message}"):
