@@ -69,8 +69,8 @@ def cot_raft_loss(
     is_score      (R,)    bool, True at the B positions that predict a score
     true_scores   (R,)    y*, real-valued, at these positions; what it holds at the others does not matter
     n_tokens, n_sequences
-                  tokens with CE and sequences of the whole optimiser step. As divisors they let its batches add
-                  up to the same however it is split. By default they are counted in this batch.
+                  tokens with CE and sequences of the whole optimiser step. As divisors they let its batches
+                  add up to the same however it is split. By default they are counted in this batch.
 
     The defaults of all else are TRACT; other choices are there to be compared with it:
 

@@ -1,13 +1,11 @@
 """Measure the rows of the paper's table, and the losses one by one, on the embedded task over several seeds.
 
     python bench/ablations.py                               # everything; two hours on 2 cores
-    python bench/ablations.py --rows tract a1 --seeds 1     # two rows, one seed
     python bench/ablations.py --rows tract --seeds 1 --show # only print the commands, in order
 
-A row is a chain of commands that a user could give: STEPS and `tests_of` say which. What is not there yet is
-run, and OUT/metrics.json sums up. Rows share what they have in common: the same p_s, the same CoTs. A seed
-draws training records of its own and seeds training and sampling; the test records are the same for all.
-Nothing is held out. Interrupted, the same command goes on.
+A row is a chain of commands that a user could give. Rows share what they have in common: the same p_s, the
+same CoTs. A seed draws training records of its own and seeds training and sampling; the test records are the
+same for all. OUT/metrics.json sums up. Interrupted, the same command goes on.
 """
 
 import argparse
@@ -34,25 +32,26 @@ from data.tiny import ideal
 from eval import interval
 from loss import two_hot
 from tract import runs
-from tract.records import ROOT, Grid, InputError, read_records
+from tract.records import ROOT, InputError, read_records
+from tract.scores import find_grid
 
-# What a step makes, and its command. @NAME is where NAME lies, @seed is the seed model, which is what a stage
-# trains unless it says otherwise. `commands_of` adds the settings, --seed and --out.
+# What a step makes → its command. @NAME is where NAME lies; `commands_of` adds the settings, --seed and --out
 STEPS = {
     "train.jsonl": "data/tiny/prepare.py --splits train",
-    "ce-no-cot": "stage1_train.py --data @train.jsonl --no-cot --lambda 0",
-    "raft": "stage1_train.py --data @train.jsonl --no-cot",
-    "raft-pure": "stage1_train.py --data @train.jsonl --no-cot --ce-weight 0",
-    "ce": "stage1_train.py --data @train.jsonl --lambda 0",
+    "ce-no-cot": "stage1_train.py --model @seed --data @train.jsonl --no-cot --lambda 0",
+    "raft": "stage1_train.py --model @seed --data @train.jsonl --no-cot",
+    "raft-pure": "stage1_train.py --model @seed --data @train.jsonl --no-cot --ce-weight 0",
+    "ce": "stage1_train.py --model @seed --data @train.jsonl --lambda 0",
     "ce.cots.jsonl": "gen_cot.py --model @ce --data @train.jsonl",
-    "a1": "stage1_train.py --data @train.jsonl",
+    "a1": "stage1_train.py --model @seed --data @train.jsonl",
     "a1.cots.jsonl": "gen_cot.py --model @a1 --data @train.jsonl",
-    "a2": "stage2_train.py --data @ce.cots.jsonl --lambda 0",
+    "a2": "stage2_train.py --model @seed --data @ce.cots.jsonl --lambda 0",
     "a4": "stage2_train.py --model @a1 --data @a1.cots.jsonl --continue-from-stage1",
-    "tract": "stage2_train.py --data @a1.cots.jsonl",
+    "tract": "stage2_train.py --model @seed --data @a1.cots.jsonl",
 }
 MAIN = ["seed", "ce-no-cot", "raft", "raft-pure", "ce", "a1", "a2", "a4", "tract"]
-WITHOUT_COT = ("ce-no-cot", "raft", "raft-pure")
+WITHOUT_COT = ("seed-no-cot", "ce-no-cot", "raft", "raft-pure")
+NUM_COTS = {row: 5 for row in MAIN if row not in WITHOUT_COT}  # CoTs a test record; of other rows one
 
 # One loss beside the other: only stage 2 differs, on the same CoTs, those of p_s
 LOSSES = {
@@ -73,7 +72,7 @@ STEPS |= {
     "train_rounded.jsonl": "data/tiny/prepare.py --splits train --targets rounded",
     "few/train.jsonl": "data/tiny/prepare.py --splits train --size 300",
     "few/train_real.jsonl": "data/tiny/prepare.py --splits train --size 300 --targets real",
-    "few-a1": f"stage1_train.py --data @few/train.jsonl {FEW}",
+    "few-a1": f"stage1_train.py --model @seed --data @few/train.jsonl {FEW}",
     "real.cots.jsonl": "gen_cot.py --model @a1 --data @train_real.jsonl",
     "rounded.cots.jsonl": "gen_cot.py --model @a1 --data @train_rounded.jsonl",
     "few-rating.cots.jsonl": "gen_cot.py --model @few-a1 --data @few/train.jsonl",
@@ -93,57 +92,51 @@ COMPARED = {  # targets and grid of stage 2 → losses
     "rounded-135": REAL,
     "rounded-12345": ("tract", *INTEGER),
 }
-LOSS = {f"{where}-{loss}": where for where, losses in COMPARED.items() for loss in losses}
-for where, losses in COMPARED.items():
-    targets, _, grid = where.rpartition("-")
+REFERENCE = {}  # row → what it is compared with, if not with "tract": TRACT on the same targets and grid
+for targets_and_grid, losses in COMPARED.items():
+    targets, _, grid = targets_and_grid.rpartition("-")
     cots = "a1.cots.jsonl" if targets == "rating" else f"{targets}.cots.jsonl"
-    stage2 = f"stage2_train.py --data @{cots} --grid {','.join(grid)} {FEW * where.startswith('few')}"
-    STEPS |= {f"{where}-{loss}": f"{stage2} {LOSSES[loss]}" for loss in losses}
+    epochs = FEW if targets.startswith("few") else ""
+    stage2 = f"stage2_train.py --model @seed --data @{cots} --grid {','.join(grid)} {epochs}"
+    for loss in losses:
+        row = f"{targets_and_grid}-{loss}"
+        STEPS[row] = f"{stage2} {LOSSES[loss]}"
+        REFERENCE[row] = "tract" if targets == "rating" else f"{targets_and_grid}-tract"
+ON_REAL = {row for row in REFERENCE if "rating" not in row}  # tested on real-valued scores
 
-SETTINGS = ROOT / "results/ablations/settings.json"  # options of both training scripts
+SETTINGS = runs.read_json(ROOT / "results/ablations/settings.json")  # options of both training scripts
 RESAMPLES = 1000  # of seeds and records
-GROUPS = {"main": MAIN, "loss": [*LOSS]}
-ROWS = [*MAIN, *LOSS]
+GROUPS = {"main": MAIN, "loss": [*REFERENCE]}
+ROWS = [*MAIN, *REFERENCE]
 
 
-def tests_of(row: str, split: str, rows: list[str]) -> dict[str, str]:
-    """Return what a row is tested on beside the other `rows`, each with the command that predicts it."""
-    predict, real = f"predict.py --model @{row} --data", "_real" if is_real(row) else ""
-    flags = "--no-cot" if row in WITHOUT_COT else ""
-    many = "--num-cots 5" if row in MAIN and not flags else flags
-    tests = {split: f"{predict} data/tiny/{split}{real}.jsonl {many}"}
-    if split == "test":
-        tests["test_ood"] = f"{predict} data/tiny/test_ood{real}.jsonl {flags}"
-        tests |= whose_cots(row, rows, predict, "data/tiny/test.jsonl")
-    return tests
-
-
-def whose_cots(row: str, rows: list[str], predict: str, records: str) -> dict[str, str]:
-    """Return the tests behind the argument for stage 2, of p_s and p_tract on the CoTs of others."""
+def tests_of(rows: Iterable[str], split: str, data: str = "data/tiny", num_cots: dict = NUM_COTS) -> dict:
+    """Return what the rows are tested on: (row, test) → the command that predicts it, with @NAME for NAME."""
     tests = {}
-    if row in ("a1", "tract"):
-        tests["annotated"] = f"{predict} {records} --given cot"
-    if row == "tract" and "a1" in rows:  # on those of p_s, which its own test writes
-        tests["p_s"] = f"{predict} @a1.test.jsonl --given cots"
+    for row in rows:
+        command = f"predict.py --model @{row} --data"
+        suffix = "_real" if row in ON_REAL else ""
+        no_cot = "--no-cot" if row in WITHOUT_COT else ""
+        many = f"--num-cots {num_cots[row]}" if row in num_cots else ""
+        tests[row, split] = f"{command} {data}/{split}{suffix}.jsonl {no_cot} {many}"
+        if split == "test" and data == "data/tiny":  # no other task has such records
+            tests[row, "test_ood"] = f"{command} {data}/test_ood{suffix}.jsonl {no_cot}"
+        # The argument for stage 2: p_s and p_tract on annotated CoTs, p_tract on those of p_s
+        if split == "test" and row in ("a1", "tract"):
+            tests[row, "annotated"] = f"{command} {data}/test.jsonl --given cot"
+        if split == "test" and row == "tract" and "a1" in rows:
+            tests[row, "p_s"] = f"{command} @a1.test.jsonl --given cots"
     return tests
-
-
-def is_real(row: str) -> bool:
-    """Tell whether a row is tested on real-valued scores."""
-    return "rating" not in LOSS.get(row, "rating")
-
-
-def reference(row: str) -> str:
-    """Return the row that a row is compared with: TRACT on the same targets and grid."""
-    where = LOSS.get(row, "rating-12345")
-    return "tract" if where == "rating-12345" else f"{where}-tract"
 
 
 class Setup(NamedTuple):  # what the commands of a task have in common
-    given: dict[str, str]  # name → path of what is there already, the seed model for one
     train: dict[str, object]  # options of both training scripts
-    judge: str  # options of gen_cot.py and predict.py
     rows: dict[str, dict[str, object]]  # row → options of both training scripts that are its own
+    judge: str  # options of gen_cot.py and predict.py
+    given: dict[str, str]  # name → path of what is there already
+
+
+SETUP = Setup(SETTINGS["train"], rows={}, judge="--batch-size 64", given={"seed": "data/tiny/seed"})
 
 
 def options(given: dict[str, object]) -> str:
@@ -151,35 +144,32 @@ def options(given: dict[str, object]) -> str:
     return " ".join(f"--{key} {value}".strip() for key, value in given.items())
 
 
-def setup_of(settings: dict) -> Setup:
-    return Setup({"seed": "data/tiny/seed"}, settings["train"], "--batch-size 64", {})
+def commands_of(folder: str, seed: int, tests: dict, setup: Setup, kept: Iterable[str] = ()) -> dict:
+    """Return all that the tests need of one seed: output → the command that makes it, after what it reads.
 
-
-def commands_of(
-    folder: str, seed: int, tests: dict[str, dict[str, str]], setup: Setup, kept: Iterable[str] = ()
-) -> dict[str, str]:
-    """Return all that these rows need of one seed: output → the command that makes it, after what it reads.
-
-    tests: row → test → the command that predicts it, with @NAME for what it reads. kept: ROW.TEST of what is
-    known already; it is made only where something else reads it.
+    kept: ROW.TEST of what is known already; it is made only where something else reads it.
     """
-    tested = {f"{row}.{test}.jsonl": step for row, of_row in tests.items() for test, step in of_row.items()}
-    steps, commands = STEPS | tested, {}
+    tested = {f"{row}.{test}.jsonl": command for (row, test), command in tests.items()}
+    steps = STEPS | tested
+    commands = {}
 
-    def make(name: str) -> str:
+    def make(name: str) -> str:  # with what it reads; returns its path
         if name in setup.given:
             return setup.given[name]
-        out, (script, own) = f"{folder}/{name}", steps[name].split(maxsplit=1)
-        if out not in commands:
-            to, flags = out, setup.judge
-            if "prepare" in script:
-                to, flags = Path(out).parent, ""  # it names its files itself
-            elif "train" in script:
-                flags = options(setup.train | setup.rows.get(name, {}))
-                flags += "" if "--model" in own else " --model @seed"
-            words = re.sub(r"@(\S+)", lambda found: make(found[1]), f"{flags} {own}").split()
-            commands[out] = " ".join(["python", script, *words, f"--seed {seed} --out {to}"])
-        return out
+        path = f"{folder}/{name}"
+        if path in commands:
+            return path
+        script, arguments = steps[name].split(maxsplit=1)
+        out = path
+        if "prepare" in script:
+            out = Path(path).parent  # it names its files itself
+        elif "train" in script:
+            arguments = f"{options(setup.train | setup.rows.get(name, {}))} {arguments}"
+        else:
+            arguments = f"{setup.judge} {arguments}"
+        words = re.sub(r"@(\S+)", lambda match: make(match[1]), arguments).split()
+        commands[path] = " ".join(["python", script, *words, f"--seed {seed} --out {out}"])
+        return path
 
     for name in tested:
         if name.removesuffix(".jsonl") not in kept:
@@ -203,17 +193,19 @@ def run_all(commands: dict[str, str], jobs: int) -> None:
         if Path(out).exists() and not (log.is_file() and log.read_text("utf-8").startswith(f"{command}\n")):
             raise InputError(f"{out}: was not made by `{command}`; remove it, or choose another --out")
         log.parent.mkdir(parents=True, exist_ok=True)
-    left, running = [out for out in commands if not Path(out).exists()], {}
-    threads, fork = max(1, (os.cpu_count() or 1) // jobs), multiprocessing.get_context("fork")
-    with runs.progress(len(commands), len(commands) - len(left), "ablations", "command") as bar:
-        while left or running:
-            unmade = {*left, *(out for out, _ in running.values())}
-            ready = [out for out in left if unmade.isdisjoint(commands[out].split()[:-1])]
+    waiting = [out for out in commands if not Path(out).exists()]
+    running = {}  # sentinel of a process → what it makes, the process
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    fork = multiprocessing.get_context("fork")
+    with runs.progress(len(commands), len(commands) - len(waiting), "ablations", "command") as bar:
+        while waiting or running:
+            unmade = {*waiting, *(out for out, _ in running.values())}
+            ready = [out for out in waiting if unmade.isdisjoint(commands[out].split()[:-1])]
             for out in ready[: jobs - len(running)]:
-                left.remove(out)
+                waiting.remove(out)
                 process = fork.Process(target=run_command, args=(out, commands[out], threads))
                 process.start()
-                running[process.sentinel] = out, process
+                running[process.sentinel] = (out, process)
             for sentinel in connection.wait(running):
                 out, process = running.pop(sentinel)
                 process.join()
@@ -237,21 +229,17 @@ def packed(folder: str) -> dict[str, np.ndarray]:
 
 
 def predictions(folder: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Return the probabilities (n, CoTs, S) that NAME predicts, the true scores (n,) and the grid (S,).
-
-    None where it has not been measured.
-    """
-    if name in (kept := packed(folder)):
+    """Return p (n, CoTs, S) that NAME predicts, true scores (n,) and grid (S,); None if not measured."""
+    kept = packed(folder)
+    if name in kept:
         return kept[name].astype(float), kept["true"], kept["grid"]
     path = Path(folder, f"{name}.jsonl")
     if not path.exists():
         return None
-    with open(path, encoding="utf-8") as lines:  # rows of older files do not name their grid
-        named = json.loads(next(lines)).get("grid")
-    grid = Grid.parse(named or runs.read_json(path.with_suffix(".run.json"))["arguments"]["grid"])
+    grid, _ = find_grid(str(path), grid=None, renormalise=False)
     rows = read_records(path, grid, ("id", "score", "finished", "score_probs"))
-    true, probs = ([row[key] for row in rows] for key in ("score", "score_probs"))
-    return np.array(probs), np.array(true, float), np.array(grid.values)
+    probs = np.array([row["score_probs"] for row in rows])
+    return probs, np.array([row["score"] for row in rows], float), np.array(grid.values)
 
 
 def likeliest(probs: np.ndarray) -> np.ndarray:
@@ -261,108 +249,118 @@ def likeliest(probs: np.ndarray) -> np.ndarray:
 
 
 def readings(probs: np.ndarray, true: np.ndarray, values: np.ndarray) -> dict[str, Reading]:
-    """Return the readings of `predictions`, of the first CoT and as NAME@5 of all.
-
-    Where several scores are equally likely, decoded is their mean, as in `records.predicted`.
-    """
-    share, n = two_hot(torch.tensor(true), torch.tensor(values)).numpy(), probs.shape[1]  # (n, S), CoTs
+    """Return the readings of `predictions`, of the first CoT and as NAME@5 of all."""
+    shares = two_hot(torch.tensor(true), torch.tensor(values)).numpy()  # true scores, (n, S)
     found = {}
-    for cots, at in {1: "", n: f"@{n}" if n > 1 else ""}.items():
-        first = probs[:, :cots]  # (records, CoTs, S)
-        top = likeliest(first)
-        for name, each in (("rail", first), ("renormalised", first / first.sum(-1, keepdims=True))):
-            p = each.mean(1)  # (records, S)
-            log_score = (np.log(p.clip(1e-7)) * share).sum(1)
-            right = (likeliest(p) * share).sum(1)
-            found[name + at] = Reading(p @ values, log_score, p.max(1), right, (top.max(-1) < 1).mean(1))
-        decoded = (top @ values).mean(1)  # of the same distribution
-        found["decoded" + at] = found["renormalised" + at]._replace(predictions=decoded)
+    for num_cots in sorted({1, probs.shape[1]}):
+        suffix = "" if num_cots == 1 else f"@{num_cots}"
+        on_grid = probs[:, :num_cots]  # (n, CoTs, S)
+        top = likeliest(on_grid)
+        tied = (top.max(-1) < 1).mean(1)
+        renormalised = on_grid / on_grid.sum(-1, keepdims=True)
+        for name, p_of_cots in (("rail", on_grid), ("renormalised", renormalised)):
+            p = p_of_cots.mean(1)  # (n, S)
+            log_score = (np.log(p.clip(1e-7)) * shares).sum(1)
+            right = (likeliest(p) * shares).sum(1)
+            found[name + suffix] = Reading(p @ values, log_score, p.max(1), right, tied)
+        # Equally likely scores decode to their mean, as in `records.predicted`
+        decoded = (top @ values).mean(1)
+        found["decoded" + suffix] = found["renormalised" + suffix]._replace(predictions=decoded)
     return found
 
 
 def metrics_of(read: Reading, true: np.ndarray) -> dict[str, np.ndarray]:
     """Return the metrics, (S,) each, of the same records (n,) judged by S seeds: `read` holds (S, n).
 
-    Pearson's r of a constant, undefined, counts as 0. The calibration error is that of the likeliest score:
-    Σ over ten bins of confidence of the bin's share of records · |mean confidence − share that is right|.
+    Pearson's r of a constant counts as 0. Calibration error of the likeliest score: Σ over ten bins of
+    confidence of the bin's share of records · |mean confidence − share that is right|.
     """
-    p, y, seeds = read.predictions, true - true.mean(), len(read.predictions)
-    x, defined = p - p.mean(1, keepdims=True), (np.ptp(p, axis=1) > 0) & (np.ptp(true) > 0)
+    p = read.predictions
+    seeds = len(p)
+    x = p - p.mean(1, keepdims=True)
+    y = true - true.mean()
+    defined = (np.ptp(p, axis=1) > 0) & (np.ptp(true) > 0)
     r = np.divide(x @ y, np.sqrt((x * x).sum(1) * (y @ y)), out=np.zeros(seeds), where=defined)
     bins = (10 * read.confidence).astype(int).clip(max=9) + 10 * np.arange(seeds)[:, None]
     gaps = np.bincount(bins.ravel(), (read.confidence - read.right).ravel(), 10 * seeds).reshape(seeds, 10)
-    found = {"pearson": r, "rmse": np.sqrt(((p - true) ** 2).mean(1)), "log_score": read.log_score.mean(1)}
-    return found | {"calibration_error": np.abs(gaps).sum(1) / len(true)}
+    rmse = np.sqrt(((p - true) ** 2).mean(1))
+    error = np.abs(gaps).sum(1) / len(true)
+    return {"pearson": r, "rmse": rmse, "log_score": read.log_score.mean(1), "calibration_error": error}
 
 
 def bootstrap(read: Reading, true: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the metrics, mean over seeds, on the data (entry 0) and on resampled seeds and records.
-
-    All readings see the same resamples: differences are paired.
-    """
-    (seeds, n), random = read.predictions.shape, np.random.default_rng(0)
+    """Return the metrics, mean over seeds, on the data (entry 0) and on resampled seeds and records."""
+    seeds, n = read.predictions.shape
+    random = np.random.default_rng(0)  # the same for all readings: differences are paired
     picks = [(np.arange(seeds), np.arange(n))]
     picks += [(random.integers(0, seeds, seeds), random.integers(0, n, n)) for _ in range(RESAMPLES)]
-    each = [metrics_of(Reading(*(x[np.ix_(*pick)] for x in read)), true[pick[1]]) for pick in picks]
-    return {name: np.array([of[name].mean() for of in each]) for name in each[0]}
+    samples = []
+    for pick in picks:
+        resampled = Reading(*(column[np.ix_(*pick)] for column in read))
+        samples.append(metrics_of(resampled, true[pick[1]]))
+    return {name: np.array([sample[name].mean() for sample in samples]) for name in samples[0]}
 
 
-def summarise(folders: list[str], tests: dict[str, Iterable[str]], split: str) -> dict:
+def summarise(folders: list[str], tests: Iterable[tuple[str, str]], split: str) -> dict:
     """Return the metrics of every row, test and reading, and the differences to its reference by CoT-RAIL.
 
-    A row is summed up over the seeds that it was tested with, a difference over those of both rows. Raises
-    InputError where rows were not tested on the same records, or none were.
+    A difference is over the seeds of both. Raises InputError where rows have different records, or none.
     """
-    true, read, cells = {}, {}, []  # read: row, test, reading → folder → Reading
-
-    def own_test(test: str) -> str:  # the one with CoTs of the row's own, on the same prompts
-        return "test_ood" if test == "test_ood" else split
+    true = {}  # file of records → its true scores (n,)
+    measured = {}  # row, test, reading → folder → Reading
 
     def records_of(row: str, test: str) -> str:
-        return own_test(test) + "_real" * is_real(row)
+        name = "test_ood" if test == "test_ood" else split
+        return f"{name}_real" if row in ON_REAL else name
 
-    pairs = [(row, test) for row, of_row in tests.items() for test in of_row]
-    for (row, test), folder in itertools.product(pairs, folders):
-        if (found := predictions(folder, f"{row}.{test}")) is None:
+    for (row, test), folder in itertools.product(tests, folders):
+        predicted = predictions(folder, f"{row}.{test}")
+        if predicted is None:
             continue
-        if not np.array_equal(found[1], true.setdefault(records_of(row, test), found[1])):
+        _, scores, _ = predicted
+        if not np.array_equal(scores, true.setdefault(records_of(row, test), scores)):
             raise InputError(f"{row}: not tested on the records that others were; remove what is older")
-        for reading, of_seed in readings(*found).items():
-            read.setdefault((row, test, reading), {})[folder] = of_seed
-    if not read:
+        for name, reading in readings(*predicted).items():
+            measured.setdefault((row, test, name), {})[folder] = reading
+    if not measured:
         raise InputError(f"{folders[0]}: nothing has been measured yet")
 
-    def together(key: tuple, seeds: tuple[str, ...]) -> tuple[Reading, np.ndarray]:
-        each = zip(*(read[key][folder] for folder in seeds), strict=True)
-        return Reading(*map(np.stack, each)), true[records_of(*key[:2])]
-
     @functools.cache
-    def samples(key: tuple, seeds: tuple[str, ...]) -> dict[str, np.ndarray]:
-        return bootstrap(*together(key, seeds))
+    def stack(key: tuple, seeds: tuple[str, ...]) -> tuple[Reading, dict[str, np.ndarray]]:
+        columns = zip(*(measured[key][folder] for folder in seeds), strict=True)
+        stacked = Reading(*map(np.stack, columns))  # (S, n)
+        return stacked, bootstrap(stacked, true[records_of(*key[:2])])
 
-    for key in tqdm(read, desc="bootstrap", unit="cell", dynamic_ncols=True):
-        (row, test, reading), own = key, tuple(read[key])
-        cells.append({"row": row, "test": test, "reading": reading, "seeds": [Path(f).name for f in own]})
-        of_seeds, scores = together(key, own)
-        cells[-1]["tied"] = float(of_seeds.tied.mean())
-        for name, values in metrics_of(of_seeds, scores).items():
+    cells = []
+    for key in tqdm(measured, desc="bootstrap", unit="cell", dynamic_ncols=True):
+        row, test, name = key
+        seeds = tuple(measured[key])  # their folders
+        cell = {"row": row, "test": test, "reading": name, "seeds": [Path(folder).name for folder in seeds]}
+        stacked, samples = stack(key, seeds)
+        cell["tied"] = float(stacked.tied.mean())
+        for metric, values in metrics_of(stacked, true[records_of(row, test)]).items():
             sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            cells[-1][name] = {"per_seed": values.tolist(), "mean": float(values.mean()), "sd": sd}
-            within = interval(samples(key, own)[name])
-            cells[-1][name] |= {end: within[end] for end in ("low", "high")}
-        other = (reference(row), own_test(test), "rail")
-        if other != key and (both := tuple(folder for folder in own if folder in read.get(other, {}))):
-            apart = {name: interval(x - samples(other, both)[name]) for name, x in samples(key, both).items()}
-            cells[-1] |= {"difference": apart, "reference": other[0]}
-    report = {"split": split, "resamples": RESAMPLES, "records": {name: len(y) for name, y in true.items()}}
-    return report | {"cells": cells}
+            within = interval(samples[metric])
+            cell[metric] = {"per_seed": values.tolist(), "mean": float(values.mean()), "sd": sd}
+            cell[metric] |= {"low": within["low"], "high": within["high"]}
+        own_test = test if test == "test_ood" else split  # with CoTs of its own, on the same prompts
+        reference = (REFERENCE.get(row, "tract"), own_test, "rail")
+        shared = tuple(folder for folder in seeds if folder in measured.get(reference, {}))
+        if shared and reference != key:
+            _, ours = stack(key, shared)
+            _, theirs = stack(reference, shared)
+            cell["difference"] = {metric: interval(ours[metric] - theirs[metric]) for metric in ours}
+            cell["reference"] = reference[0]
+        cells.append(cell)
+    records = {name: len(scores) for name, scores in true.items()}
+    return {"split": split, "resamples": RESAMPLES, "records": records, "cells": cells}
 
 
-def make_parser(description: str, groups: dict[str, list[str]], rows: list[str], out: str):
+def make_parser(description: str, rows: list[str], out: str) -> argparse.ArgumentParser:
     """Make the options of this script and of bench/real.py."""
     parser = argparse.ArgumentParser(description=description, formatter_class=runs.Help)
-    add, names = parser.add_argument, {"choices": [*groups, *rows], "metavar": "ROW"}
-    add("--rows", nargs="+", default=[*groups], **names, help=f"{', '.join(groups)} or {' '.join(rows)}")
+    add = parser.add_argument
+    add("--rows", nargs="+", choices=rows, metavar="ROW", default=rows, help=" ".join(rows))
     add("--seeds", nargs="+", type=runs.SEED, default=[1, 2, 3, 4, 5], metavar="SEED", help="training seeds")
     add("--jobs", type=runs.COUNT, default=os.cpu_count(), help="commands at a time")
     add("--split", choices=("valid", "test"), default="test", help="what to test on")
@@ -372,14 +370,12 @@ def make_parser(description: str, groups: dict[str, list[str]], rows: list[str],
     return parser
 
 
-def predict(args, tests: dict[str, dict[str, str]], setup: Setup) -> list[str]:
-    """Run all that the rows need, and return the folder of each seed.
-
-    With --measured, run nothing; with --show, print the commands and end.
-    """
-    folders, commands = [f"{args.out}/seed{seed}" for seed in args.seeds], {}
+def predict(args, tests: dict, setup: Setup) -> list[str]:
+    """Run all that the rows need, but for --measured and --show, and return the folder of each seed."""
+    folders = [f"{args.out}/seed{seed}" for seed in args.seeds]
     if args.measured:
         return folders
+    commands = {}
     for seed, folder in zip(args.seeds, folders, strict=True):
         commands |= commands_of(folder, seed, tests, setup, packed(folder))
     if args.show:
@@ -390,15 +386,16 @@ def predict(args, tests: dict[str, dict[str, str]], setup: Setup) -> list[str]:
 
 
 def main() -> None:
-    args = make_parser(__doc__, GROUPS, ROWS, "out/ablations").parse_args()
-    settings = runs.read_json(SETTINGS)
+    parser = make_parser(__doc__, [*GROUPS, *ROWS], "out/ablations")
+    parser.set_defaults(rows=[*GROUPS])
+    args = parser.parse_args()
     os.chdir(ROOT)
     rows = [name for row in args.rows for name in GROUPS.get(row, [row])]
-    tests = {row: tests_of(row, args.split, rows) for row in rows}
-    report = {"settings": settings, "seeds": args.seeds}
-    report |= summarise(predict(args, tests, setup_of(settings)), tests, args.split)
+    tests = tests_of(rows, args.split)
+    report = {"settings": SETTINGS, "seeds": args.seeds}
+    report |= summarise(predict(args, tests, SETUP), tests, args.split)
     report["ideal"] = {
-        of: ideal.metrics(f"data/tiny/{of}.jsonl", real="real" in of) for of in report["records"]
+        name: ideal.metrics(f"data/tiny/{name}.jsonl", real="real" in name) for name in report["records"]
     }
     runs.write_whole(args.out / "metrics.json", json.dumps(report, indent=1) + "\n")
     print(f"{args.out}/metrics.json; python results/ablations/draw.py {args.out}/metrics.json draws it")

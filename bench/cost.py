@@ -3,30 +3,32 @@
     python bench/cost.py             # the tables of docs/scale.md
     python bench/cost.py --measure   # against times of small models on this device; five minutes
 
-Lengths are those of MT-Bench judgements (../docs/speed.md). Of the GPU's peaks a share is assumed, not
-measured. --measure asks whether time follows FLOPs and bytes as sizes change, whatever that share is.
+Lengths are those of MT-Bench judgements (../docs/speed.md). --measure asks whether time follows FLOPs and
+bytes as sizes change, whatever share of a GPU's peaks is reached.
 """
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from memory import SHAPES, estimate, random_step
+from memory import SHAPES, estimate, random_step  # which puts the repository into sys.path
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import stage1_train
 from results.tables import table
 from tract import models, runs
 from tract.batch import read_prompts
 
-PROMPT, COT, EPOCHS = 1200, 130, 2  # tokens, tokens, passes over the data in each stage
-FLOPS, BANDWIDTH = 989e12, 3.35e12  # of an H100 SXM a second, in bf16, by its data sheet
-TRAINING, READING, WRITING = 0.4, 0.5, 0.6  # assumed shares: of FLOPS twice, then of BANDWIDTH
+PROMPT = 1200  # tokens
+COT = 130
+EPOCHS = 2  # passes over the data in each stage
+# Of an H100 SXM, whose data sheet says 989 TFLOPs in bf16 and 3.35 TB a second, the assumed share
+TRAINING = 0.4 * 989e12
+READING = 0.5 * 989e12
+WRITING = 0.6 * 3.35e12
 ROWS = 64  # CoTs written at a time
 SMALLER = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
 SMALLER |= {"vocab_size": 128256, "intermediate_size": 8192, "tie_word_embeddings": True}
@@ -42,23 +44,21 @@ def weights_of(config) -> tuple[int, int]:
 
 
 def reading(config, tokens: int, heads: int) -> float:
-    """Return the FLOPs of one forward pass over a sequence, with `heads` tokens that go through the head.
-
-    Two a weight and token; in attention four a layer, channel and pair of tokens, of which half are masked.
-    """
+    """Return the FLOPs of one forward pass over a sequence, with `heads` tokens that go through the head."""
     decoder, head = weights_of(config)
-    return (
-        2 * (decoder * tokens + head * heads) + 2 * config.num_hidden_layers * config.hidden_size * tokens**2
-    )
+    # In attention four a layer, channel and pair of tokens, of which half are masked
+    attention = 2 * config.num_hidden_layers * config.hidden_size * tokens**2
+    return 2 * (decoder * tokens + head * heads) + attention
 
 
 def training(config, lora: bool, checkpointing: bool, prompt: int = PROMPT, cot: int = COT) -> float:
-    """Return the FLOPs of training on a sequence, counted in forward passes.
-
-    The forward pass itself; one for the gradients of the activations; one for those of the weights, next to
-    none with LoRA; one more where activations are recomputed.
-    """
-    return (2 + (not lora) + checkpointing) * reading(config, prompt + cot, cot)
+    """Return the FLOPs of training on a sequence."""
+    passes = 2  # forward, and the gradients of the activations
+    if not lora:
+        passes += 1  # the gradients of the weights: next to none with LoRA
+    if checkpointing:
+        passes += 1  # activations anew
+    return passes * reading(config, prompt + cot, cot)
 
 
 def writing(config, rows: int, prompt: int = PROMPT, cot: int = COT) -> float:
@@ -68,31 +68,27 @@ def writing(config, rows: int, prompt: int = PROMPT, cot: int = COT) -> float:
     return 2 * (sum(weights_of(config)) / rows + cached)
 
 
-def hours(config, lora: bool, records: int) -> dict[str, float]:
-    """Return the GPU hours of each step on so many records; judging is of 10,000, one CoT each."""
-    stage = EPOCHS * records * training(config, lora, True) / FLOPS / TRAINING / 3600
-    prompt = reading(config, PROMPT, 1) / FLOPS / READING / 3600
-    cot = COT * writing(config, ROWS) / BANDWIDTH / WRITING / 3600
-    return {
-        "stage 1": stage,
-        "CoTs": records * (prompt + cot),
-        "stage 2": stage,
-        "judging": 1e4 * (prompt + cot),
-    }
+def hours(config, lora: bool, records: int) -> list[float]:
+    """Return the GPU hours of stage 1, CoTs and stage 2 on so many records, and of judging 10,000."""
+    stage = EPOCHS * records * training(config, lora, True) / TRAINING / 3600
+    prompt = reading(config, PROMPT, 1) / READING / 3600
+    cot = COT * writing(config, ROWS) / WRITING / 3600
+    return [stage, records * (prompt + cot), stage, 1e4 * (prompt + cot)]
 
 
 def print_tables() -> None:
     """Print hours by model, hours by records and GPUs, and what --fsdp leaves on each GPU."""
-    rows, trained = [], {True: "LoRA", False: "all weights"}
+    rows = []
     for name, config in MODELS.items():
         for lora in (True, False):
-            parts = [*hours(config, lora, 100_000).values()]
-            rows.append([name, trained[lora], *(f"{x:.1f}" for x in (*parts, sum(parts)))])
+            parts = hours(config, lora, 100_000)
+            numbers = [f"{x:.1f}" for x in (*parts, sum(parts))]
+            rows.append([name, "LoRA" if lora else "all weights", *numbers])
     steps = ["stage 1", "CoTs", "stage 2", "judging 10,000", "all"]
     print(table(["H100 hours for 100,000 records", "trained", *steps], rows))
     rows = []
     for records in (10_000, 100_000, 1_000_000):
-        total = sum(hours(SHAPES["mistral-7b"], True, records).values())
+        total = sum(hours(SHAPES["mistral-7b"], True, records))
         rows.append([f"{records:,}", *(f"{total / n:.1f}" for n in (1, 8, 100))])
     print(table(["hours, mistral-7b with LoRA: records", "1 GPU", "8 GPUs", "100 GPUs"], rows))
     rows = []
@@ -100,7 +96,7 @@ def print_tables() -> None:
         whole = sum(estimate(config, None, (1, 3000, 250), True, True).values())
         decoder, _ = weights_of(config)  # 16 bytes of each: weight, gradient, AdamW
         shares = [(whole - 16 * decoder * (n - 1) / n) / 2**30 for n in (1, 2, 4, 8, 32)]
-        step = training(config, False, True) / FLOPS / TRAINING
+        step = training(config, False, True) / TRAINING
         exchange = [3 * 4 * decoder / speed for speed in (450e9, 50e9)]  # gathered twice, summed once
         rows.append([name, *(f"{x:.0f}" for x in shares), *(f"{x:.2f}" for x in (step, *exchange))])
     head = ["--fsdp: GiB a GPU, on", "1", "2", "4", "8", "32 GPUs", "s to compute a sequence"]
@@ -110,33 +106,30 @@ def print_tables() -> None:
 def measure() -> None:
     """Time training and writing of small models beside what is computed, each relative to the largest."""
     small = {"vocab_size": 8000, "num_attention_heads": 8, "num_key_value_heads": 2}
-    shapes = [(512, 4), (512, 8), (1024, 8)]
-    configs = [
-        LlamaConfig(hidden_size=h, intermediate_size=7 * h // 2, num_hidden_layers=layers, **small)
-        for h, layers in shapes
-    ]
-    found = {"training": [], "writing": []}
-    for config in configs:
-        for prompt, cot in ((192, 64), (768, 64)):
-            name = f"hidden {config.hidden_size}, {config.num_hidden_layers} layers, {prompt} + {cot} tokens"
-            for lora in (8, None):
+    cot = 64
+    cases = {"training": [], "writing": []}  # name, what is computed, seconds
+    for h, layers in ((512, 4), (512, 8), (1024, 8)):
+        config = LlamaConfig(hidden_size=h, intermediate_size=7 * h // 2, num_hidden_layers=layers, **small)
+        for prompt in (192, 768):
+            name = f"hidden {h}, {layers} layers, {prompt} + {cot} tokens"
+            for lora, trained in ((8, "LoRA"), (None, "all weights")):
                 flops = training(config, bool(lora), False, prompt, cot)
-                how = f"{name}, {'LoRA' if lora else 'all weights'}"
-                found["training"].append((how, flops, time_training(config, lora, prompt, cot)))
-            found["writing"].append(
-                (name, writing(config, 8, prompt, cot), time_writing(config, prompt, cot))
-            )
-    for what, cases in found.items():
-        _, most, longest = cases[-1]
-        rows = [[name, f"{x / most:.2f}", f"{t / longest:.2f}"] for name, x, t in cases]
-        print(table([what, "computed", "measured"], rows))
+                seconds = time_training(config, lora, prompt, cot)
+                cases["training"].append((f"{name}, {trained}", flops, seconds))
+            seconds = time_writing(config, prompt, cot)
+            cases["writing"].append((name, writing(config, 8, prompt, cot), seconds))
+    for task, entries in cases.items():
+        _, most, longest = entries[-1]
+        rows = [[name, f"{x / most:.2f}", f"{seconds / longest:.2f}"] for name, x, seconds in entries]
+        print(table([task, "computed", "measured"], rows))
 
 
 def time_training(config, lora: int | None, prompt: int, cot: int) -> float:
     """Return the median seconds of a step of 4 sequences in stage 1's loop."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(models.device())
-    model = models.add_lora(model, lora) if lora else model
+    if lora:
+        model = models.add_lora(model, lora)
     args, window, loss_options = random_step(config, (4, prompt + cot, cot), bf16=False)
     seconds = []
     for _ in range(3):
@@ -152,12 +145,13 @@ def time_writing(config, prompt: int, cot: int) -> float:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(models.device()).eval()
     batch = read_prompts(model, torch.randint(10, config.vocab_size, (8, prompt)).tolist())
-    mask, ids, seconds = batch.mask, batch.ids[:, -1:], []
+    mask = batch.mask
+    seconds = []
     with torch.inference_mode():
         for _ in range(cot):
             started = time.time()
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            models.head(model, models.decode(model, batch.cache, ids, mask)[:, -1])
+            models.head(model, models.decode(model, batch.cache, batch.ids[:, -1:], mask)[:, -1])
             seconds.append(time.time() - started)
     return statistics.median(seconds)
 
@@ -165,7 +159,10 @@ def time_writing(config, prompt: int, cot: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     parser.add_argument("--measure", action="store_true", help="time small models beside what is computed")
-    measure() if parser.parse_args().measure else print_tables()
+    if parser.parse_args().measure:
+        measure()
+    else:
+        print_tables()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python bench/engines.py --model CHECKPOINT --data records.jsonl
 
 Each engine loads the model once, in fp32, then scores given CoTs and writes greedy and sampled ones. Score
-distributions have to agree to 1e-4 and greedy CoTs to the letter; sampled CoTs, which hang on other random
-numbers, in length and in Pearson's r with the true scores to three standard errors. Ends with 1 where not.
+distributions have to agree to 1e-4, greedy CoTs to the letter, sampled ones in length and in Pearson's r with
+the true scores to three standard errors. Ends with 1 where not.
 """
 
 import argparse
@@ -34,8 +34,8 @@ def drive(args) -> dict:
     records = read_records(args.data, args.grid, ("id", "prompt", "cot", "score"))[: args.records]
     judge = load_judge(args.model, args.grid, False, args.drive, args.engine_args)
     prompts = [prompt_ids(judge.tokenizer, r["prompt"]) for r in records]
-    given = zip(prompts, records, strict=True)
-    given = [prefix_ids(judge.tokenizer, ids, r["cot"], args.grid) for ids, r in given]
+    pairs = zip(prompts, records, strict=True)
+    texts = [prefix_ids(judge.tokenizer, prompt, r["cot"], args.grid) for prompt, r in pairs]
 
     def write(temperature: float, n: int) -> list[dict]:
         options = [f"--temperature={temperature}", f"--max-new-tokens={args.max_new_tokens}"]
@@ -49,7 +49,7 @@ def drive(args) -> dict:
         return [{"cot": cot.text, "expected": cot.scores.expected} for cot in cots]
 
     tasks = {
-        "given CoTs": lambda: [rail.probs for rail in score(judge, given)],
+        "given CoTs": lambda: [rail.probs for rail in score(judge, texts)],
         "greedy CoTs": lambda: write(0, args.records),
         "sampled CoTs": lambda: write(1, args.records),
     }
@@ -57,25 +57,28 @@ def drive(args) -> dict:
     found = {"scores": [r["score"] for r in records]}
     for name, task in tasks.items():
         started = time.time()
-        found[name] = task()
-        found[name] = {"seconds": time.time() - started, "found": found[name]}
+        outcome = task()
+        found[name] = {"seconds": time.time() - started, "found": outcome}
     return found
 
 
 def compare(own: dict, vllm: dict) -> list[tuple[str, str, bool]]:
     """Return for each task how far the engines are apart, in words, and whether they agree."""
-    probs, greedy, sampled = ([e[task]["found"] for e in (own, vllm)] for task in list(own)[1:])
+    probs = [engine["given CoTs"]["found"] for engine in (own, vllm)]
     apart = float(np.abs(np.subtract(*probs)).max())
-    found = [("given CoTs", f"largest difference of a probability {apart:.1e}", apart < 1e-4)]
-    same = [a["cot"] == b["cot"] for a, b in zip(*greedy, strict=True)]
-    found.append(("greedy CoTs", f"{sum(same)} of {len(same)} the same", all(same)))
+    greedy = zip(own["greedy CoTs"]["found"], vllm["greedy CoTs"]["found"], strict=True)
+    same = [ours["cot"] == theirs["cot"] for ours, theirs in greedy]
+    sampled = [engine["sampled CoTs"]["found"] for engine in (own, vllm)]
     lengths = np.array([[len(row["cot"].split()) for row in rows] for rows in sampled])
     r = [np.corrcoef([row["expected"] for row in rows], own["scores"])[0, 1] for rows in sampled]
-    error = math.sqrt(lengths.var(1).sum() / len(same))
-    alike = abs(np.subtract(*lengths.mean(1))) < 3 * error
-    alike &= abs(np.subtract(*np.arctanh(r))) < 3 * math.sqrt(2 / (len(same) - 3))
-    words = "{:.1f} and {:.1f} words".format(*lengths.mean(1))
-    return [*found, ("sampled CoTs", f"{words}; r {r[0]:.2f} and {r[1]:.2f}", bool(alike))]
+    same_length = abs(np.subtract(*lengths.mean(1))) < 3 * math.sqrt(lengths.var(1).sum() / len(same))
+    same_r = abs(np.subtract(*np.arctanh(r))) < 3 * math.sqrt(2 / (len(same) - 3))
+    words = "{:.1f} and {:.1f} words; r {:.2f} and {:.2f}".format(*lengths.mean(1), *r)
+    return [
+        ("given CoTs", f"largest difference of a probability {apart:.1e}", apart < 1e-4),
+        ("greedy CoTs", f"{same.count(True)} of {len(same)} the same", all(same)),
+        ("sampled CoTs", words, bool(same_length and same_r)),
+    ]
 
 
 def main() -> None:
@@ -88,8 +91,8 @@ def main() -> None:
     add("--records", type=runs.COUNT, default=50, help="how many of them")
     add("--max-new-tokens", type=runs.COUNT, default=100, help="tokens of a CoT")
     # On a CPU vLLM 0.32 can't take seeds where it reads prompts in chunks
-    given = ["max_model_len=1024", "gpu_memory_utilization=0.2", "enable_chunked_prefill=false"]
-    add("--engine-args", nargs="+", type=setting, default=[*map(setting, given)])
+    settings = ["max_model_len=1024", "gpu_memory_utilization=0.2", "enable_chunked_prefill=false"]
+    add("--engine-args", nargs="+", type=setting, default=[*map(setting, settings)])
     add("--drive", choices=("torch", "vllm"), help=argparse.SUPPRESS)
     add("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -2,24 +2,19 @@
 
     python bench/exact.py --model out/real/smollm2 --data out/real/ists/test.jsonl --grid 0,1,2,3,4,5
 
-Reads the score after the annotated CoT of some records in fp32, then in bf16 with three heads: all in bf16,
-the columns of the scores in fp32 (what the scripts do), all in fp32. Prints how many records have several
-likeliest scores, in how many the likeliest is not that of fp32, and by how much the renormalised expectation
-is off. Then a training step and reading scores with the second head, as times of the first, in turns.
+Reads the score after the annotated CoT of some records in fp32, then in bf16 with three heads; the scripts
+have the second. Prints how many records have several likeliest scores, in how many the likeliest is not that
+of fp32, and by how much the renormalised expectation is off; then what the second head costs, in turns.
 """
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from memory import peak_of
+from memory import peak_of  # which puts the repository into sys.path
 
 import stage1_train
 from loss import rail
@@ -34,49 +29,38 @@ def in_bf16(model, hidden, score_ids):
     return models.head(model, hidden)
 
 
-def in_fp32(model, hidden, score_ids):
-    """Return what a head in fp32 gives, which takes a copy of it in fp32."""
-    return hidden.float() @ model.get_output_embeddings().weight.float().T
-
-
-HEADS = {
+HEADS = {  # each takes what `in_bf16` takes
     "bf16": in_bf16,
     "bf16, the head's score columns in fp32": models.score_logits,
-    "bf16, all of the head in fp32": in_fp32,
+    "bf16, all of the head in fp32": lambda model, hidden, score_ids: (
+        hidden.float() @ model.get_output_embeddings().weight.float().T
+    ),
 }
-
-
-def hidden_states(judge, texts: list[list[int]]) -> torch.Tensor:
-    """Return what the head sees where predict.py reads the score of each text, (n, D)."""
-    seen = []
-
-    def note(model, hidden, score_ids):
-        seen.append(hidden)
-        return models.head(model, hidden)
-
-    with patch.object(writing, "score_logits", note):
-        writing.score(judge, texts)
-    return torch.cat(seen)
 
 
 def compare(args, records: list[dict], grid: Grid) -> None:
     """Print the table of how far each way is from fp32."""
-    found = {}  # name → p(score), (n, S)
+    probs = {}  # name → p(score), (n, S)
     for bf16, heads in ((False, {"fp32 throughout": in_bf16}), (True, HEADS)):
         judge = writing.load_judge(args.model, grid, bf16)
         prompts = [prompt_ids(judge.tokenizer, record["prompt"]) for record in records]
         pairs = zip(prompts, records, strict=True)
         texts = [prefix_ids(judge.tokenizer, prompt, record["cot"], grid) for prompt, record in pairs]
-        hidden = hidden_states(judge, texts)
+        # What the head sees where predict.py reads the score of each text, (n, D)
+        with patch.object(writing, "score_logits", wraps=models.score_logits) as spy:
+            writing.score(judge, texts)
+        hidden = torch.cat([call.args[1] for call in spy.call_args_list])
         for name, head in heads.items():
             logits = head(judge.model, hidden, judge.scores["score_ids"])
-            found[name] = rail(logits, **judge.scores).probs.double()
-    values, exact, rows = torch.tensor(grid.values, dtype=torch.float64), found["fp32 throughout"], []
-    for name, p in found.items():
-        expected, wanted = (x @ values / x.sum(1) for x in (p, exact))
+            probs[name] = rail(logits, **judge.scores).probs.double()
+    values = torch.tensor(grid.values, dtype=torch.float64)
+    exact = probs["fp32 throughout"]
+    wanted = exact @ values / exact.sum(1)
+    rows = []
+    for name, p in probs.items():
         tied = ((p == p.max(1, keepdim=True).values).sum(1) > 1).sum().item()
         differ = (p.argmax(1) != exact.argmax(1)).sum().item()
-        error = (expected - wanted).square().mean().sqrt() / (values[-1] - values[0])
+        error = (p @ values / p.sum(1) - wanted).square().mean().sqrt() / (values[-1] - values[0])
         rows.append([name, tied, differ, f"{error:.4f}"])
     print(table(["arithmetic", f"tied, of {len(records)}", "likeliest differs", "rms error / range"], rows))
 
@@ -88,16 +72,16 @@ def price(args, records: list[dict], grid: Grid) -> None:
     examples = [encode(judge.tokenizer, r, grid, score_ids) for r in records[:4]]
     texts = [list(e.ids[: e.score_position]) for e in examples]
     model = models.load_for_training(args.model, None, True, True)
-
     options = SimpleNamespace(batch_size=len(examples), score_ce="token", bf16=True)
 
     def step() -> None:
         stage1_train.accumulate_gradients(model, examples, judge.scores, 0, options)
         model.zero_grad()
 
-    tasks, rows = {"training step": step, "reading scores": lambda: writing.score(judge, texts)}, []
-    for name, task in tasks.items():
-        seconds, peaks = {}, {}
+    rows = []
+    for name, task in (("training step", step), ("reading scores", lambda: writing.score(judge, texts))):
+        seconds = {}
+        peaks = {}
         for head in [in_bf16, models.score_logits] * (args.rounds + 1):
             with (
                 patch.object(stage1_train, "score_logits", head),

@@ -1,13 +1,11 @@
 """Estimate the memory that training takes: does a model fit?
 
-    python bench/memory.py --model mistral-7b                        # LoRA, as is stage 1's default
-    python bench/memory.py --model llama-3.1-8b --full --batch-size 4 --length 2000
-    python bench/memory.py --fit                                     # a table of the 7B and 8B models
-    python bench/memory.py --measure                                 # against measurements; ten minutes
+    python bench/memory.py --model mistral-7b --full --batch-size 4 --length 2000
+    python bench/memory.py --fit             # a table of the 7B and 8B models
+    python bench/memory.py --measure         # against measurements; ten minutes
 
 It takes the options of stage1_train.py. The estimate is what tensors hold at the peak of a step on a GPU, in
-bf16, from the shapes alone; what CUDA and its allocator take comes on top. --measure takes two steps of two
-batches in stage 1's loop, on small random models of the real proportions, in fp32 and bf16.
+bf16, from the shapes alone; what CUDA and its allocator take comes on top. --measure has small random models.
 """
 
 import contextlib
@@ -44,34 +42,38 @@ def estimate(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, 
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    config, (sequences, length, supervised) = model.config.get_text_config(), batch
+    config = model.config.get_text_config()
+    sequences, length, supervised = batch
     parameters = sum(p.numel() for p in model.parameters())
     linear = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
     trained = sum(m.in_features + m.out_features for m in linear) * lora if lora else parameters
 
     compute = 2 if bf16 else 4  # bytes of a number in the matrix products
     stream = compute if lora else 4  # of one between the blocks: weights in fp32 make it fp32
-    h, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    h = config.hidden_size
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     mlp = getattr(config, "intermediate_size", None) or 4 * h  # GPT-2 and its like do not say
     width = getattr(config, "head_dim", None) or h // heads
-    q, kv = heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
     # A block keeps for its backward pass, bytes a token: of each norm the input in fp32, and for its weight
     # what it made of that; of attention q, k, v and output; of the MLP gate, its activation, up, the product
-    block = 2 * 4 * h * (1 if lora else 2) + compute * (2 * q + 2 * kv + 4 * mlp)
+    block = 2 * 4 * h * (1 if lora else 2) + compute * (2 * width * (heads + kv_heads) + 4 * mlp)
     # and what its layers (with LoRA the adapters) see, which each casts for itself from fp32 to bf16
     block += compute * h * (5 if compute < stream else 2)
-    kept = sequences * length * layers * (stream * h if checkpointing else block)
+    kept = sequences * length * config.num_hidden_layers * (stream * h if checkpointing else block)
     if bf16 and not lora and not checkpointing:  # the bf16 copies of the weights
         kept += 2 * sum(m.weight.numel() for m in linear)
     # The logits of a part in fp32, their log-softmax and its gradient; the head in bf16
     rows = min(sequences * supervised, max(1, stage1_train.MAX_LOGITS // config.vocab_size))
-    logits = 12 * rows * config.vocab_size + (2 * config.vocab_size * h if bf16 and not lora else 0)
+    working = 12 * rows * config.vocab_size + (2 * config.vocab_size * h if bf16 and not lora else 0)
+    if checkpointing:
+        working = max(working, sequences * length * block)
     return {
         "weights": parameters * (compute if lora else 4) + (4 * trained if lora else 0),
         "gradients": 4 * trained,
         "AdamW": 8 * trained,
         "activations": kept,
-        "logits or a recomputed block": max(logits, sequences * length * block if checkpointing else 0),
+        "logits or a recomputed block": working,
     }
 
 
@@ -118,8 +120,9 @@ def fit() -> None:
     """Print the estimates for the 7B and 8B models."""
     rows = []
     for name, lora, n in itertools.product(SHAPES, (8, None), (1, 4)):
-        ways = [estimate(SHAPES[name], lora, (n, 3000, 250), True, way) for way in (True, False)]
-        sums = [f"{sum(parts.values()) / 2**30:.0f} GiB" for parts in ways]
+        case = (SHAPES[name], lora, (n, 3000, 250), True)
+        estimates = [estimate(*case, checkpointing) for checkpointing in (True, False)]
+        sums = [f"{sum(parts.values()) / 2**30:.0f} GiB" for parts in estimates]
         rows.append([name, "LoRA" if lora else "all weights", n, *sums])
     head = ["model", "trained", "sequences of 3,000 tokens", "checkpointed", "all activations kept"]
     print(table(head, rows), end="")
@@ -130,7 +133,8 @@ def compare() -> None:
     for name, lora, bf16, checkpointing in itertools.product(SHAPES, (8, None), (True, False), (True, False)):
         config = type(SHAPES[name])(vocab_size=SHAPES[name].vocab_size, num_key_value_heads=2, **SMALL)
         case = (config, lora, (4, 512, 128), bf16, checkpointing)
-        expected, measured = sum(estimate(*case).values()), measure(*case)
+        expected = sum(estimate(*case).values())
+        measured = measure(*case)
         facts = f"{measured / 2**20:.0f} MiB measured, {expected / measured:.3f} of it estimated"
         print(f"{name} made small, {lora=}, {bf16=}, {checkpointing=}: {facts}", flush=True)
 
@@ -143,8 +147,10 @@ def main() -> None:
     add("--fit", action="store_true", help="print a table for the 7B and 8B models instead")
     add("--measure", action="store_true", help="compare estimates with measurements instead")
     args = parser.parse_args()
-    if args.fit or args.measure:
-        return fit() if args.fit else compare()
+    if args.fit:
+        return fit()
+    if args.measure:
+        return compare()
     try:
         name = models.resolve(models.base_of(args.model) or args.model)
         config = SHAPES.get(args.model) or AutoConfig.from_pretrained(name)
@@ -157,8 +163,8 @@ def main() -> None:
     for part, size in parts.items():
         print(f"{size / 2**30:8.2f} {part}")
     # 1.5 GiB for CUDA and its allocator is a guess
-    gpus = [f"a GPU of {size} GiB" for size in (16, 24, 40, 48, 80, 141) if size >= total + 1.5]
-    print(f"fits {[*gpus, 'no GPU of up to 141 GiB'][0]}")
+    gpus = (f"a GPU of {size} GiB" for size in (16, 24, 40, 48, 80, 141) if size >= total + 1.5)
+    print(f"fits {next(gpus, 'no GPU of up to 141 GiB')}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 
 The model is small and random, with Mistral's proportions; records have the lengths of MT-Bench judgements
 (median 1,310 tokens a prompt, 118 a CoT). For CoTs and judging both checkouts are made to write the CoTs of
-the data, so that both have the same work; they pay for sampling all the same. Losses, CoTs and scores have to
-agree. Seconds are those of the scripts' own run.json, without the imports.
+the data, so that both have the same work; they pay for sampling all the same. Seconds are those of the
+scripts' own run.json, without the imports.
 """
 
 import argparse
@@ -62,12 +62,13 @@ def make_records(path: Path, n: int) -> None:
     """Write n records of real length: the embedded task's words, strung together."""
     task = [json.loads(line) for line in (ROOT / "data/tiny/train.jsonl").read_text("utf-8").splitlines()]
     words = {name: " ".join(record[name] for record in task).split() for name in ("prompt", "cot")}
-    sizes, rng = {"prompt": (1310, 0.39, 2800), "cot": (118, 0.275, 270)}, random.Random(3)
+    sizes = {"prompt": (1310, 0.39, 2800), "cot": (118, 0.275, 270)}  # median, spread, limit
+    rng = random.Random(3)
     with open(path, "w", encoding="utf-8") as out:
         for i in range(n):
             record = {"id": f"r{i}", "score": 1 + i % 5}
-            for name, (median, spread, most) in sizes.items():
-                length = max(8, min(most, round(median * math.exp(rng.gauss(0, spread)))))
+            for name, (median, spread, limit) in sizes.items():
+                length = max(8, min(limit, round(median * math.exp(rng.gauss(0, spread)))))
                 start = rng.randrange(len(words[name]) - length)
                 record[name] = " ".join(words[name][start : start + length])
             out.write(runs.to_line(record))
@@ -84,21 +85,23 @@ def dictate(data: Path, num_cots: int) -> None:
         import gen_cot as writing
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny/seed")
-    cots = {r["id"]: r["cot"] for r in map(json.loads, data.read_text("utf-8").splitlines())}
-    names, row_of, real = list(cots), {}, writing.sample
-    written = torch.zeros(len(names) * num_cots * MOST, dtype=torch.long)
-    for i, k in itertools.product(range(len(names)), range(num_cots)):
-        row = row_of[f"0/{names[i]}/{k}"] = i * num_cots + k
-        text = f"{cots[names[(i + k) % len(names)]]} So the overall score is"
+    records = [json.loads(line) for line in data.read_text("utf-8").splitlines()]
+    starts = {}  # name of a CoT → where its tokens begin in `written`
+    written = torch.zeros(len(records) * num_cots * MOST, dtype=torch.long)
+    for i, k in itertools.product(range(len(records)), range(num_cots)):
+        start = (i * num_cots + k) * MOST
+        starts[f"0/{records[i]['id']}/{k}"] = start
+        text = f"{records[(i + k) % len(records)]['cot']} So the overall score is"
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        written[row * MOST : row * MOST + len(ids)] = torch.tensor(ids)
+        written[start : start + len(ids)] = torch.tensor(ids)
+    own_sample = writing.sample
 
     def sample(logits, so_far, uniform, *args, **options):
-        real(logits, so_far, torch.full_like(uniform, 0.5), *args, **options)
+        own_sample(logits, so_far, torch.full_like(uniform, 0.5), *args, **options)
         return written[uniform.long()]
 
     writing.sample = sample
-    writing.random_numbers = lambda name, n: row_of[name] * MOST + torch.arange(n, dtype=torch.float64)
+    writing.random_numbers = lambda name, n: starts[name] + torch.arange(n, dtype=torch.float64)
 
 
 def drive(script: str, data: Path, *arguments: str) -> None:
@@ -113,18 +116,18 @@ def drive(script: str, data: Path, *arguments: str) -> None:
 def measure(root: Path, task: str, folder: Path, out: Path) -> dict:
     """Run a task in a fresh process; returns its seconds, its peak memory and what it found."""
     script, *options = TASKS[task].split()
-    data = folder / ("train.jsonl" if script == "stage1_train.py" else "test.jsonl")
-    if "no --valid" not in (root / "stage1_train.py").read_text("utf-8") and script == "stage1_train.py":
+    trains = script == "stage1_train.py"
+    data = folder / ("train.jsonl" if trains else "test.jsonl")
+    if trains and "no --valid" not in (root / script).read_text("utf-8"):
         options += ["--val-fraction", "0"]  # before --valid, a share was held out
-    command = [sys.executable, __file__, "--drive", root, script, data, "--model", folder / "model"]
-    command = list(map(str, [*command, "--out", out, *options]))
+    options = [root, script, data, "--model", folder / "model", "--out", out, *options]
+    command = [sys.executable, __file__, "--drive", *map(str, options)]
     log = open(f"{out}.log", "w", encoding="utf-8")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise runs.Fault(f"{task} failed at {root}: {Path(log.name).read_text('utf-8')[-2000:]}")
-    if script == "stage1_train.py":
+    if trains:
         run = json.loads((out / "run.json").read_text("utf-8"))
         found = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
         seconds = run.get("tokens", run.get("counts", {}).get("tokens")) / run["tokens_per_second"]
@@ -144,8 +147,8 @@ def summary(report: dict) -> str:
 
     rows = []
     for task, entry in report["tasks"].items():
-        times = sorted(now / before for before, now in zip(*entry["seconds"], strict=True))
-        memory = [now / before for before, now in zip(*entry["peak_mib"], strict=True)]
+        times = sorted(after / before for before, after in zip(*entry["seconds"], strict=True))
+        memory = [after / before for before, after in zip(*entry["peak_mib"], strict=True)]
         spread = f"{statistics.median(times):.2f} ({times[0]:.2f} to {times[-1]:.2f})"
         rows.append([task, spread, f"{statistics.median(memory):.2f}", f"{entry['differ']:.0e}"])
     head = ["task", "times as long as before", "peak memory, times as much", "differ by at most"]
@@ -171,15 +174,17 @@ def main() -> None:
         make_records(folder / "train.jsonl", 24)
         make_records(folder / "test.jsonl", 10)
         for task in args.tasks:
-            turns = [[], []]
-            for i, (turn, root) in itertools.product(range(args.rounds), enumerate((args.against, ROOT))):
-                out = folder / f"{task.replace(' ', '-')}-{i}-{turn}{'' if 'training' in task else '.jsonl'}"
-                turns[turn].append(measure(root.resolve(), task, folder, out))
-            found = [turn[0]["found"] for turn in turns]
-            differ = max((abs(a - b) for a, b in zip(*found, strict=True)), default=0.0)
+            suffix = "" if "training" in task else ".jsonl"
+            turns = ([], [])  # of the other checkout, and of this one
+            for i, k in itertools.product(range(args.rounds), (0, 1)):
+                root = (args.against, ROOT)[k].resolve()
+                out = folder / f"{task.replace(' ', '-')}-{i}-{k}{suffix}"
+                turns[k].append(measure(root, task, folder, out))
             entry = {key: [[m[key] for m in turn] for turn in turns] for key in ("seconds", "peak_mib")}
-            report["tasks"][task] = entry | {"differ": differ}
-            print(task, json.dumps(report["tasks"][task]), flush=True)
+            pairs = zip(*(turn[0]["found"] for turn in turns), strict=True)
+            entry["differ"] = max((abs(a - b) for a, b in pairs), default=0.0)
+            report["tasks"][task] = entry
+            print(task, json.dumps(entry), flush=True)
     if args.out:
         runs.write_whole(args.out, json.dumps(report, indent=1, default=str) + "\n")
     print(summary(report))

@@ -37,7 +37,8 @@ def read_items(path: str | Path) -> list:
         else:
             items = []
             for line in text.split("\n"):  # splitlines() would split at U+2028 too, which texts hold
-                items += [json.loads(line)] if line.strip() else []
+                if line.strip():
+                    items.append(json.loads(line))
                 number += 1
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give a file that can be read") from None
@@ -50,11 +51,11 @@ def read_items(path: str | Path) -> list:
 
 def read_texts(path: str | Path) -> list[list[str]]:
     """Read `texts` of the records in a file that a prepare.py wrote. Raises InputError."""
-    found = [row.get("texts") if isinstance(row, dict) else None for row in read_items(path)]
-    for number, texts in enumerate(found):
+    texts_of_rows = [row.get("texts") if isinstance(row, dict) else None for row in read_items(path)]
+    for number, texts in enumerate(texts_of_rows):
         if not isinstance(texts, list) or len(texts) != 2 or not all(map(is_text, texts)):
             raise InputError(f"{path}: row {number} has no two 'texts'; give files that this script wrote")
-    return found
+    return texts_of_rows
 
 
 def read_hub(hub_id: str, split: str, file: str, by_hand: str):
@@ -127,7 +128,8 @@ def sort_out(made: list, path: str) -> tuple[list, str]:
     made: for each row a record (or a list of them), or a text that says why there is none. Raises InputError
     where nothing could be kept.
     """
-    kept, reasons = [], {}
+    kept = []
+    reasons = {}  # reason → numbers of the rows
     for number, record in enumerate(made):
         reason = record if isinstance(record, str) else None
         try:
@@ -185,13 +187,14 @@ def clean_cot(feedback: str) -> str:
 
 def split_feedback(feedback: str) -> tuple[str, list[float]]:
     """Return the reasoning of a feedback, and all scores that are announced after it."""
-    cot, scores = feedback.strip(), []
-    found = last_verdict(cot)
-    while found:
-        numbers = re.findall(SCORE, found[0])
+    cot = feedback.strip()
+    scores = []
+    verdict = last_verdict(cot)
+    while verdict:
+        numbers = re.findall(SCORE, verdict[0])
         scores += map(float, numbers[-1:])  # the last of "Score (1-5): 4"
-        cot = cot[: found.start()].rstrip()
-        found = last_verdict(cot)
+        cot = cot[: verdict.start()].rstrip()
+        verdict = last_verdict(cot)
     return cot.removeprefix("Feedback:").strip(), scores
 
 
@@ -201,5 +204,5 @@ def last_verdict(text: str) -> re.Match | None:
         matches = list(pattern.finditer(text))
         if matches:
             return matches[-1]
-    found = find_verdict(text, Grid())
-    return found if found and found.end() == len(text) else None
+    verdict = find_verdict(text, Grid())
+    return verdict if verdict and verdict.end() == len(text) else None

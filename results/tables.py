@@ -12,19 +12,22 @@ class Cells:
     """Hold the cells of metrics.json by (row, test, reading); one that was not run leaves its place empty."""
 
     def __init__(self, cells: list[dict]):
-        self.of = {(c["row"], c["test"], c["reading"]): c for c in cells}
+        self.cells = {(c["row"], c["test"], c["reading"]): c for c in cells}
         self.test = next(c["test"] for c in cells if c["test"] in ("test", "valid"))
 
-    def mean(self, row: str | None, metric: str, reading: str = "rail", test: str | None = None) -> str:
-        cell = self.of.get((row, test or self.test, reading))
+    def find(self, row: str, reading: str = "rail", test: str | None = None) -> dict | None:
+        return self.cells.get((row, test or self.test, reading))
+
+    def mean(self, row: str, metric: str, reading: str = "rail", test: str | None = None) -> str:
+        cell = self.find(row, reading, test)
         if cell is None:
             return ""
         spread = "" if cell[metric]["sd"] is None else f" ± {cell[metric]['sd']:.3f}"
         return f"{cell[metric]['mean']:.3f}{spread}"
 
     def difference(self, row: str, metric: str, reading: str = "rail", test: str | None = None) -> str:
-        cell = self.of.get((row, test or self.test, reading), {}).get("difference")
-        return "" if cell is None else interval(cell[metric])
+        cell = self.find(row, reading, test) or {}
+        return interval(cell["difference"][metric]) if "difference" in cell else ""
 
     def reliability(self, row: str, reading: str = "rail", test: str | None = None) -> list[str]:
         """Return log score and calibration error; nothing for decoded scores, which are no distribution."""
@@ -40,12 +43,12 @@ def interval(entry: dict) -> str:
 def whose_cots(cells: Cells) -> str:
     """Return the RMSE of p_s and p_tract on whose CoTs."""
     rows = []
-    for name, row, of_p_s, paper in (
+    for name, row, test_on_p_s, paper in (
         ("p_s", "a1", cells.test, ".12 → .63"),
         ("p_tract", "tract", "p_s", ".45 → .45"),
     ):
-        on = [cells.mean(row, "rmse", test=test) for test in ("annotated", of_p_s, cells.test)]
-        rows.append([name, *on, paper])
+        means = [cells.mean(row, "rmse", test=test) for test in ("annotated", test_on_p_s, cells.test)]
+        rows.append([name, *means, paper])
     head = ["RMSE of", "on annotated CoTs", "on the CoTs of p_s", "on its own CoTs"]
     return table([*head, "paper, training → own CoTs"], rows)
 

@@ -25,14 +25,14 @@ SETTINGS = json.loads((RESULTS / "settings.json").read_text("utf-8"))
 
 
 def commands_of(*rows: str) -> dict[str, str]:
-    tests = {row: ablations.tests_of(row, "test", rows) for row in rows}
-    return ablations.commands_of("out", 1, tests, ablations.setup_of(SETTINGS))
+    tests = ablations.tests_of(rows, "test")
+    return ablations.commands_of("out", 1, tests, ablations.SETUP)
 
 
 def commands_of_real(task: str) -> dict[str, str]:
-    own = json.loads(real.SETTINGS.read_text("utf-8"))["tasks"][task]
-    tests = {row: real.tests_of(row, "test", "DATA", real.ROWS) for row in real.ROWS}
-    return ablations.commands_of("out", 1, tests, real.setup_of(own, "DATA"))
+    settings = json.loads(real.SETTINGS.read_text("utf-8"))["tasks"][task]
+    tests = ablations.tests_of(real.ROWS, "test", "DATA", {"a1": 5, "tract": 5})
+    return ablations.commands_of("out", 1, tests, real.setup_of(settings, "DATA"))
 
 
 def test_every_command_is_understood_and_reads_what_an_earlier_one_made(monkeypatch, run_script):
@@ -81,11 +81,11 @@ def test_rows_are_summed_up(tmp_path, lab):
     for name, scores in certain.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.valid.run.json").write_text('{"arguments": {"grid": "1,2,3,4,5"}}')
-        rows = [{"prompt": "x", "score": y, "finished": [True] * 2} for y in true]
+        rows = [{"prompt": "x", "score": y, "prediction": y, "finished": [True] * 2} for y in true]
         for row, score in zip(rows, scores, strict=True):
             row["score_probs"] = [[0.8 * (score == value) for value in range(1, 6)]] * 2
         lab.write(f"{name}.valid.jsonl", rows)
-    arguments = [str(tmp_path / "1"), str(tmp_path / "2")], {tract: ["valid"], ce: ["valid"]}, "valid"
+    arguments = [str(tmp_path / "1"), str(tmp_path / "2")], [(tract, "valid"), (ce, "valid")], "valid"
     cells = ablations.summarise(*arguments)["cells"]
     one, other = (c for c in cells if c["reading"] == "renormalised")
     assert one["rmse"]["per_seed"] == pytest.approx([0, (5 / 6) ** 0.5])
@@ -112,7 +112,8 @@ def test_the_gpu_is_asked_for_in_another_process(monkeypatch):
 
 
 def test_what_is_packed_needs_no_file(tmp_path, lab):
-    row = {"prompt": "x", "score": 4.5, "finished": [True] * 2, "score_probs": [[0.125, 0.75], [0.5, 0.5]]}
+    row = {"prompt": "x", "score": 4.5, "prediction": 4, "finished": [True] * 2}
+    row["score_probs"] = [[0.125, 0.75], [0.5, 0.5]]
     (tmp_path / "seed1").mkdir()
     (tmp_path / "seed1/ce.test.run.json").write_text('{"arguments": {"grid": "1,5"}}')  # an older file
     for name, grid in (("tract.test", {"grid": "1=1,5=5"}), ("ce.test", {})):
@@ -122,12 +123,12 @@ def test_what_is_packed_needs_no_file(tmp_path, lab):
     for name in ("tract.test", "ce.test"):
         found = [values.tolist() for values in ablations.predictions(f"{tmp_path}/seed1", name)]
         assert found == [[row["score_probs"]], [4.5], [1, 5]]
-    tests = {"tract": {"test": "predict.py --model @tract"}, "ce": {"test": "predict.py --model @ce"}}
+    tests = {("tract", "test"): "predict.py --model @tract", ("ce", "test"): "predict.py --model @ce"}
     args = argparse.Namespace(out=tmp_path, seeds=[1], show=False, measured=False, jobs=1)
     real.check_pack(f"{tmp_path}/seed1", {"grid": "1,5"})
     with pytest.raises(ablations.InputError, match=r"seed1\.npz: was made with settings"):
         real.check_pack(f"{tmp_path}/seed1", {"grid": "1,5", "train": "--epochs 2"})
-    folders = ablations.predict(args, tests, ablations.setup_of(SETTINGS))
+    folders = ablations.predict(args, tests, ablations.SETUP)
     assert folders == [f"{tmp_path}/seed1"] and not [*tmp_path.glob("seed1/*.log")]  # nothing was run
 
 
@@ -138,7 +139,7 @@ def test_rows_that_some_seeds_lack_are_summed_up_over_the_others(tmp_path, lab):
         kept = {f"{row}.test": probs, "true": true, "grid": values}
         np.savez(tmp_path / f"seed{seed}.npz", **ablations.packed(f"{tmp_path}/seed{seed}") | kept)
     args = argparse.Namespace(out=tmp_path, seeds=[1, 2, 3], measured=True)
-    tests = {"tract": {"test": ""}, "a1": {"test": "", "annotated": ""}, "raft": {"test": ""}}
+    tests = dict.fromkeys([("tract", "test"), ("a1", "test"), ("a1", "annotated"), ("raft", "test")])
     folders = ablations.predict(args, tests, None)  # which runs nothing
     cells = [c for c in ablations.summarise(folders, tests, "test")["cells"] if c["reading"] == "rail"]
     assert [(c["row"], c["seeds"]) for c in cells] == [("tract", ["seed1", "seed2"]), ("a1", ["seed1"])]
@@ -150,16 +151,17 @@ def test_rows_that_some_seeds_lack_are_summed_up_over_the_others(tmp_path, lab):
 
 
 def test_what_is_kept_is_made_again_only_for_what_reads_it(capsys):
-    both = {row: ablations.tests_of(row, "test", ["a1", "tract"]) for row in ("a1", "tract")}
-    how = "out", 1, both, ablations.setup_of(SETTINGS)
-    names = {f"{row}.{test}" for row in both for test in both[row]}
-    assert "out/a1.test.jsonl" not in ablations.commands_of(*how, names)
-    made = list(ablations.commands_of(*how, names - {"tract.p_s"}))
+    both = ablations.tests_of(["a1", "tract"], "test")
+    names = {f"{row}.{test}" for row, test in both}
+    assert "out/a1.test.jsonl" not in ablations.commands_of("out", 1, both, ablations.SETUP, names)
+    made = list(ablations.commands_of("out", 1, both, ablations.SETUP, names - {"tract.p_s"}))
     assert made[-1] == "out/tract.p_s.jsonl" and "out/a1.test.jsonl" in made and len(made) == 6
-    alone = {"tract": ablations.tests_of("tract", "test", ["tract"])}
+    alone = ablations.tests_of(["tract"], "test")
+    args = argparse.Namespace(out="out", seeds=[1], show=True, measured=False)
     with pytest.raises(SystemExit):
-        ablations.predict(argparse.Namespace(out="out", seeds=[1], show=True, measured=False), alone, how[-1])
-    assert "out/seed1/tract.test.jsonl" in (said := capsys.readouterr().out) and "a1.test" not in said
+        ablations.predict(args, alone, ablations.SETUP)
+    said = capsys.readouterr().out
+    assert "out/seed1/tract.test.jsonl" in said and "a1.test" not in said
 
 
 def test_bootstrap_resamples_seeds_and_records():
@@ -181,7 +183,8 @@ def test_bootstrap_resamples_seeds_and_records():
 
 def test_log_score_and_calibration_of_a_score_between_two_tokens(tmp_path, lab):
     """On the grid 1 and 5, a true score of 4 is a 5 in three of four cases."""
-    rows = [{"prompt": "x", "score": 4, "finished": [True], "score_probs": [[0.2, 0.6]]}] * 2
+    row = {"prompt": "x", "score": 4, "prediction": 3.2, "finished": [True], "score_probs": [[0.2, 0.6]]}
+    rows = [row, row]
     lab.write("p.jsonl", rows)
     (tmp_path / "p.run.json").write_text('{"arguments": {"grid": "1,5"}}')
     probs, true, values = ablations.predictions(str(tmp_path), "p")

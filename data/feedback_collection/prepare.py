@@ -38,22 +38,24 @@ def convert(row: Any, number: int) -> tuple[dict, str] | str:
     """Turn a row into a record and its instruction, or say in a few words why it can't be one."""
     if not isinstance(row, dict):
         return "not an object"
-    prompt, output = row.get("instruction"), row.get("output") or row.get("orig_feedback")
+    prompt = row.get("instruction")
+    output = row.get("output") or row.get("orig_feedback")
     if not is_text(prompt):
         return "no text in 'instruction'"
     if not is_text(output):
         return "no feedback in 'output'"
-    label = row.get("orig_score")
-    label = "" if label is None else str(label).strip().removesuffix(".0")  # 4, 4.0, "4" and "4.0" are there
+    score = row.get("orig_score")
+    label = "" if score is None else str(score).strip().removesuffix(".0")  # 4, 4.0, "4" and "4.0" are there
     if label not in ("", *SCORES):
         return NO_SCORE
-    found = read_feedback(output, SCORES.get(label))
-    if isinstance(found, str):
-        return found
-    if found["score"] not in SCORES.values():
+    judgement = read_feedback(output, SCORES.get(label))
+    if isinstance(judgement, str):
+        return judgement
+    if judgement["score"] not in SCORES.values():
         return NO_SCORE
-    record = {"id": f"fc-{number:06}", "prompt": clean_prompt(prompt), "cot": found["cot"]}
-    return record | {"score": int(found["score"])}, instruction_of(row)
+    record = {"id": f"fc-{number:06}", "prompt": clean_prompt(prompt), "cot": judgement["cot"]}
+    record["score"] = int(judgement["score"])
+    return record, instruction_of(row)
 
 
 def instruction_of(row: dict) -> str:
@@ -81,16 +83,19 @@ def main() -> None:
     add("--seed", type=runs.SEED, default=0, help="random seed of what is held out")
     args = parser.parse_args()
     # train.jsonl comes last: stage1_train.py takes it for a sign that both are there
-    valid_path, train_path = args.out / "valid.jsonl", args.out / "train.jsonl"
+    valid_path = args.out / "valid.jsonl"
+    train_path = args.out / "train.jsonl"
     check_new(valid_path, train_path)
     if args.file:
         rows = read_items(args.file)
     else:
         rows = read_hub(HUB_ID, "train", FILE, "feedback_collection/prepare.py")
-    made, unmarked = [], 0
+    made = []
+    unmarked = 0
     for number, row in enumerate(rows):
         made.append(convert(row, number))
-        unmarked += isinstance(made[-1], tuple) and "So the overall" not in str(row.get("output"))
+        if isinstance(made[-1], tuple) and "So the overall" not in str(row.get("output")):
+            unmarked += 1
     kept, left_out = sort_out(made, args.file or HUB_ID)
     print(f"{len(rows)} rows read, {len(kept)} kept, {unmarked} of them without 'So the overall' in 'output'")
     print(left_out, end="")

@@ -40,20 +40,24 @@ Passage ({}): {}"""
 def convert(row: Any, number: int, args, without: set[str]) -> dict | str:
     """Turn an item into a record with all its explanations, or say in a few words why it can't be one."""
     try:
-        question, page = row["question"].strip(), row["passage"]["reference"]
+        question = row["question"].strip()
+        page = row["passage"]["reference"]
         headers = page["section_headers"]
         title = [page["page_title"], *headers][-1]  # the nearest says most
         words = page["section_content"].split()
-        ratings, cots = [RATINGS[name] for name in row["rating"]], row["feedback"]
+        ratings = [RATINGS[name] for name in row["rating"]]
+        cots = row["feedback"]
     except (KeyError, TypeError, AttributeError) as error:
         return f"not an item of FeedbackQA ({type(error).__name__}: {error})"
-    lists = isinstance(headers, list) and isinstance(cots, list)
-    texts = lists and all(map(is_text, [question, title, *cots]))
-    if not (texts and words and ratings and len(ratings) == len(cots)):
+    are_lists = isinstance(headers, list) and isinstance(cots, list)
+    are_texts = are_lists and all(map(is_text, [question, title, *cots]))
+    if not (are_texts and words and ratings and len(ratings) == len(cots)):
         return "an empty question, passage, rating or explanation"
     if question.lower() in without:
         return "a question of another file"
-    passage = " ".join(words[: args.max_words]) + " …" * (len(words) > args.max_words)
+    passage = " ".join(words[: args.max_words])
+    if len(words) > args.max_words:
+        passage += " …"
     record = {"id": f"fq-{number:04}", "prompt": PROMPT.format(question, title, passage), "cots": cots}
     record |= {"score": round(sum(ratings) / len(ratings), 2), "ratings": ratings}
     return record | {"texts": [question, f"{title} {passage}"], "domain": row.get("domain")}
@@ -61,10 +65,12 @@ def convert(row: Any, number: int, args, without: set[str]) -> dict | str:
 
 def with_cot(record: dict, args) -> list[dict]:
     """Give a record the explanation of one rater, drawn by seed, or make a record of each."""
-    cots, raters = record.pop("cots"), range(len(record["ratings"]))
+    cots = record.pop("cots")
+    raters = range(len(record["ratings"]))
     if args.all_raters:
         return [record | {"id": f"{record['id']}-{k + 1}", "cot": cots[k].strip()} for k in raters]
-    return [record | {"cot": cots[random.Random(f"{args.seed}/{record['id']}").choice(raters)].strip()}]
+    rater = random.Random(f"{args.seed}/{record['id']}").choice(raters)
+    return [record | {"cot": cots[rater].strip()}]
 
 
 def main() -> None:
@@ -73,13 +79,7 @@ def main() -> None:
     add("file", nargs="?", help="JSON array or JSONL file of items; none: the hub data set")
     add("--split", default="train", help="split of the hub data set")
     add("--out", type=Path, required=True, help="JSONL file to write")
-    add(
-        "--without",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="files whose questions are left out",
-    )
+    add("--without", nargs="+", default=[], metavar="FILE", help="files whose questions are left out")
     add("--max-words", type=runs.COUNT, default=100, help="words of a passage; the rest is cut off")
     add("--all-raters", action="store_true", help="a record for every rater, not one for every item")
     add("--seed", type=runs.SEED, default=0, help="random seed of whose explanation is taken")
@@ -90,9 +90,8 @@ def main() -> None:
         items = read_items(args.file)
     else:
         items = read_hub(HUB_ID, args.split, f"feedback_{args.split}.json", "feedbackqa/prepare.py")
-    kept, left_out = sort_out(
-        [convert(row, n, args, without) for n, row in enumerate(items)], args.file or HUB_ID
-    )
+    made = [convert(row, number, args, without) for number, row in enumerate(items)]
+    kept, left_out = sort_out(made, args.file or HUB_ID)
     print(left_out, end="")
     records = [record for item in kept for record in with_cot(item, args)]
     write_records({args.out: records})

@@ -72,23 +72,24 @@ def words(chunk: str) -> str:
 
 def in_words(alignment: list[str]) -> str:
     """Put the lines of an alignment into words, in the order of the first sentence."""
-    found, alone = [], {"1": [], "2": []}
+    aligned = []  # position in the first sentence, text
+    alone = {"1": [], "2": []}  # sentence → position in it, chunk
     for line in alignment:  # 1 2 <==> 1 2 // EQUI // 5 // A man <==> A man
         places, label, score, text = (part.strip() for part in line.split("//", 3))
         first, second = map(words, text.split("<==>"))
-        at = int(places.split()[0])
+        position = int(places.split()[0])
         relation = RELATIONS.get(label.partition("_")[0])
         if relation and first and second:
-            found.append((at, f"{first} / {second}: {relation}, {score}."))
+            aligned.append((position, f"{first} / {second}: {relation}, {score}."))
         elif places.endswith(" 0") and first:
-            alone["1"].append((at, first))
+            alone["1"].append((position, first))
         elif places.startswith("0 ") and second:
             alone["2"].append((int(places.split("<==>")[1].split()[0]), second))
-    lines = [line for _, line in sorted(found)]
-    lines += [
-        f"Only in {n}: {'; '.join(t for _, t in sorted(texts))}." for n, texts in alone.items() if texts
-    ]
-    return " ".join(lines)
+    parts = [text for _, text in sorted(aligned)]
+    for sentence, chunks in alone.items():
+        if chunks:
+            parts.append(f"Only in {sentence}: {'; '.join(chunk for _, chunk in sorted(chunks))}.")
+    return " ".join(parts)
 
 
 def convert(source: str, block: re.Match, gold: dict, seen: set) -> dict | str:
@@ -125,7 +126,8 @@ def main() -> None:
     args = parser.parse_args()
     check_new(args.valid, args.out)
     seen = {key(*texts) for texts in read_texts(args.without)} if args.without else set()
-    gold, made = read_gold(args.gold), []
+    gold = read_gold(args.gold)
+    made = []
     paths = sorted(args.alignments.glob("*.wa"))
     sources = [path.stem.split(".")[-1] for path in paths]  # of STSint.input.images.wa: images
     for path, source in zip(paths, sources, strict=True):
@@ -134,8 +136,11 @@ def main() -> None:
     kept, left_out = sort_out(made, str(args.alignments))
     print(left_out, end="")
     order = sorted(kept, key=lambda r: hashlib.sha256(f"{args.seed}/{r['prompt']}".encode()).digest())
-    held_out = {r["id"] for r in order[: args.valid_size]} if args.valid else set()
-    files = {args.valid: [r for r in kept if r["id"] in held_out]} if args.valid else {}
+    held_out = set()
+    files = {}
+    if args.valid:
+        held_out = {r["id"] for r in order[: args.valid_size]}
+        files[args.valid] = [r for r in kept if r["id"] in held_out]
     files[args.out] = [r for r in kept if r["id"] not in held_out]
     if not files[args.out]:
         raise InputError(f"--valid-size {args.valid_size}: all {len(kept)} records; give a smaller one")

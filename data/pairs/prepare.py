@@ -48,14 +48,18 @@ def texts_of(row: Any) -> tuple[list, list, str] | str:
     if "chosen_instruction" in row:
         return [row["chosen_instruction"]], [row.get("rejected_instruction")], "prompt"
     if "output_1" in row:
-        first, second = row["output_1"], row.get("output_2")
+        first = row["output_1"]
+        second = row.get("output_2")
         label = str(row.get("label")).strip()
         if label in ("1", "1.0"):
             return [first], [second], "response"
         if label in ("2", "2.0"):
             return [second], [first], "response"
         return "'label' is neither 1 nor 2"
-    chosen, rejected = (x if isinstance(x, list) else [x] for x in (row.get("chosen"), row.get("rejected")))
+    chosen = row.get("chosen")
+    chosen = chosen if isinstance(chosen, list) else [chosen]
+    rejected = row.get("rejected")
+    rejected = rejected if isinstance(rejected, list) else [rejected]
     if row.get("subset") == "Ties":
         return "of the subset Ties, which has a rule of its own"
     return chosen, rejected, "response"
@@ -63,10 +67,10 @@ def texts_of(row: Any) -> tuple[list, list, str] | str:
 
 def convert(row: Any, pair: str, file: str, rubric: str) -> list[dict] | str:
     """Turn a row into a record a response, or say in a few words why it can't be one."""
-    found = texts_of(row)
-    if isinstance(found, str):
-        return found
-    chosen, rejected, field = found
+    texts = texts_of(row)
+    if isinstance(texts, str):
+        return texts
+    chosen, rejected, field = texts
     if len(chosen) != 1 or not rejected or not all(map(is_text, chosen + rejected)):
         return "not one chosen and at least one rejected text"
     common = {"pair": pair, "subset": str(row.get("subset") or file)}
@@ -77,12 +81,12 @@ def convert(row: Any, pair: str, file: str, rubric: str) -> list[dict] | str:
         common |= {"instruction": instruction, "rubric": rubric}
     sections = [name for name, begins in SECTIONS.items() if common["subset"].startswith(begins)]
     common |= {"section": [*sections, common["subset"]][0], "weight": WEIGHTS.get(common["subset"], 1)}
-    texts = [(text, k == 0) for k, text in enumerate(chosen + rejected)]
     clean = clean_prompt if field == "prompt" else str
-    return [
-        {"id": f"{pair}-{k + 1}"} | common | {field: clean(text), "chosen": good}
-        for k, (text, good) in enumerate(texts)
-    ]
+    records = []
+    for k, text in enumerate(chosen + rejected):
+        record = {"id": f"{pair}-{k + 1}"} | common
+        records.append(record | {field: clean(text), "chosen": k == 0})
+    return records
 
 
 def names_of(files: list[str]) -> list[str]:

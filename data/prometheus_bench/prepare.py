@@ -28,7 +28,9 @@ from tract.checks import is_number
 
 
 def as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [] if value is None else [value]
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def is_score(value: Any) -> bool:
@@ -49,19 +51,19 @@ def convert(item: Any, id: str, label: str) -> dict | str:
 
 def feedbacks(item: dict, record: dict) -> list[dict | str]:
     """Turn each GPT-4 feedback of an item into a training record, or say why it can't be one."""
-    texts, scores = as_list(item.get("gpt4_feedback")), as_list(item.get("gpt4_score"))
-    found = []
-    for k, text in enumerate(texts):
+    scores = as_list(item.get("gpt4_score"))
+    made = []
+    for k, text in enumerate(as_list(item.get("gpt4_feedback"))):
         if not is_text(text):
-            found.append("no text in 'gpt4_feedback'")
+            made.append("no text in 'gpt4_feedback'")
         elif k >= len(scores) or not is_score(scores[k]):
-            found.append("no label of its own")
+            made.append("no label of its own")
         else:
             judgement = read_feedback(text, scores[k])
             if isinstance(judgement, dict):
                 judgement = record | judgement | {"id": f"{record['id']}-{k + 1}"}
-            found.append(judgement)
-    return found
+            made.append(judgement)
+    return made
 
 
 def main() -> None:
@@ -74,17 +76,19 @@ def main() -> None:
     add("--train", help="JSONL file of training records, one a GPT-4 feedback")
     args = parser.parse_args()
     check_new(args.train, args.out)
-    items, name = read_items(args.file), Path(args.file).stem
-
+    items = read_items(args.file)
+    name = Path(args.file).stem
     made = [convert(item, f"{name}-{number:04}", args.label) for number, item in enumerate(items)]
     test, left_out = sort_out(made, args.file)
     print(f"{len(items)} items read, {len(test)} kept\n{left_out}", end="")
     files = {args.out: test}
     if args.train:
-        pairs = zip(items, made, strict=True)
-        found = [f for item, record in pairs if isinstance(record, dict) for f in feedbacks(item, record)]
-        train, left_out = sort_out(found, args.file)
-        print(f"{len(found)} feedbacks read, {len(train)} kept\n{left_out}", end="")
+        judgements = []
+        for item, record in zip(items, made, strict=True):
+            if isinstance(record, dict):
+                judgements += feedbacks(item, record)
+        train, left_out = sort_out(judgements, args.file)
+        print(f"{len(judgements)} feedbacks read, {len(train)} kept\n{left_out}", end="")
         files = {args.train: train, args.out: test}
     write_records(files)
     for path, records in files.items():

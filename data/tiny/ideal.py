@@ -31,21 +31,26 @@ RATINGS = np.arange(1, 6)
 
 def rating_probs(right: int, tone: int) -> np.ndarray:
     """Return p(rating | right claims, tone), (5,): a normal around the quality, and the shy rater's 3."""
-    mean, edges = quality(TRAINING, right, tone), [-math.inf, 1.5, 2.5, 3.5, 4.5, math.inf]
+    mean = quality(TRAINING, right, tone)
+    edges = [-math.inf, 1.5, 2.5, 3.5, 4.5, math.inf]
     below = np.array([0.5 * (1 + math.erf((edge - mean) / (NOISE * math.sqrt(2)))) for edge in edges])
-    return TRAINING.shy * (RATINGS == 3) + (1 - TRAINING.shy) * np.diff(below)
+    return np.where(RATINGS == 3, TRAINING.shy, 0) + (1 - TRAINING.shy) * np.diff(below)
 
 
 def right_probs() -> np.ndarray:
     """Return p(number of right claims), (5,): a binomial for each skill, all equally likely."""
-    n, counts = len(STEPS), range(len(STEPS) + 1)
+    n = len(STEPS)
+    counts = range(n + 1)
     return np.array([np.mean([math.comb(n, r) * s**r * (1 - s) ** (n - r) for s in SKILLS]) for r in counts])
 
 
 def verdict_probs(rating: int) -> np.ndarray:
     """Return p(verdict | rating), (5,): mostly the rating itself, else one off."""
-    next_to = np.abs(RATINGS - rating) == 1
-    return LEAK * (RATINGS == rating) + (1 - LEAK) * next_to / next_to.sum()
+    one_off = np.abs(RATINGS - rating) == 1
+    probs = np.zeros(len(RATINGS))
+    probs[RATINGS == rating] = LEAK
+    probs[one_off] = (1 - LEAK) / one_off.sum()
+    return probs
 
 
 VERDICT_PROBS = np.array([verdict_probs(rating) for rating in RATINGS])  # rows are ratings

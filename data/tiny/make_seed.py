@@ -70,7 +70,8 @@ def pretrain(model, examples: list[tuple[list[int], int]], batch_size: int, lr: 
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     norms = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": norms, "weight_decay": 0.0}]
-    optimiser, steps = torch.optim.AdamW(groups, lr=lr), len(examples) // batch_size
+    optimiser = torch.optim.AdamW(groups, lr=lr)
+    steps = len(examples) // batch_size
     schedule = get_cosine_schedule_with_warmup(optimiser, round(0.05 * steps), steps)
     for i in tqdm(range(0, len(examples), batch_size), desc="seed model", unit="step"):
         batch = examples[i : i + batch_size]
@@ -100,7 +101,9 @@ def main() -> None:
     args = parser.parse_args()
     check_new(args.out)
 
-    tokenizer, rng, examples = make_tokenizer(), random.Random(f"{args.seed}/pretrain"), []
+    tokenizer = make_tokenizer()
+    rng = random.Random(f"{args.seed}/pretrain")
+    examples = []
     for _ in range(32 * args.steps):
         record = sample(rng, random_verdict=True)
         prompt = prompt_ids(tokenizer, record["prompt"])

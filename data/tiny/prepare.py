@@ -70,17 +70,26 @@ def quality(judging: Judging, right: int, tone: int) -> float:
 
 def sample(rng: random.Random, judging: Judging = TRAINING, *, random_verdict: bool = False) -> dict:
     """Draw prompt, annotated cot, rating and quality; a random verdict word does not know the rating."""
-    start, skill = rng.randrange(10), rng.choice(SKILLS)
+    start = rng.randrange(10)
+    skill = rng.choice(SKILLS)
     tone = max(rng.randrange(5) for _ in range(judging.tone_draws))
-    value, claims, sums, working, right = start, [], [], [], 0
+    value = start
+    claims = []
+    sums = []
+    working = []
+    right = 0
     for step in STEPS:
-        before, sign, size = value, rng.choice("+-"), rng.choice((1, 2))
+        before = value
+        sign = rng.choice("+-")
+        size = rng.choice((1, 2))
         value = (before + (size if sign == "+" else -size)) % 10
         claim = value if rng.random() < skill else rng.choice([d for d in range(10) if d != value])
-        right += claim == value
+        verdict = "wrong"
+        if claim == value:
+            verdict = "right"
+            right += 1
         claims.append(f"{step} {claim}")
         sums.append(f"{step} {sign} {size}")
-        verdict = "right" if claim == value else "wrong"
         working.append(f"{step} {before} {sign} {size} = {value} says {claim} {verdict}")
 
     mean = quality(judging, right, tone)

@@ -60,51 +60,61 @@ def row_of(targets: str, grid: str, loss: str) -> str:
 
 def methods(report: dict, cells: Cells) -> str:
     """Return the two tables of the methods, the ideal judges among them."""
-    n, records, ideal = len(report["seeds"]), report["records"][cells.test], report["ideal"]
-    main, more = [], []
+    n = len(report["seeds"])
+    records = report["records"][cells.test]
+    ideal = report["ideal"]
+    predictions = []
+    distributions = []
     for label, row, reading, paper in LINES:
-        if (row, cells.test, reading) not in cells.of:
+        if not cells.find(row, reading):
             continue
-        r, rmse = (cells.mean(row, metric, reading) for metric in ("pearson", "rmse"))
-        many, ood = cells.mean(row, "pearson", f"{reading}@5"), cells.mean(row, "pearson", reading, OOD)
-        to_tract = cells.difference(row, "pearson", reading)
-        main.append([label, r, rmse, many, ood, to_tract, f"{paper:.3f}" if paper else ""])
-        both = (cells.difference(row, metric, reading, OOD) for metric in ("pearson", "rmse"))
-        more.append([label, cells.difference(row, "rmse", reading), *both, *cells.reliability(row, reading)])
+        r = cells.mean(row, "pearson", reading)
+        rmse = cells.mean(row, "rmse", reading)
+        r_of_five = cells.mean(row, "pearson", f"{reading}@5")
+        r_ood = cells.mean(row, "pearson", reading, OOD)
+        r_to_tract = cells.difference(row, "pearson", reading)
+        predictions.append([label, r, rmse, r_of_five, r_ood, r_to_tract, f"{paper:.3f}" if paper else ""])
+        rmse_to_tract = cells.difference(row, "rmse", reading)
+        to_tract_ood = [cells.difference(row, metric, reading, OOD) for metric in ("pearson", "rmse")]
+        distributions.append([label, rmse_to_tract, *to_tract_ood, *cells.reliability(row, reading)])
     for name, values in ideal[cells.test].items():
-        ood = f"{ideal[OOD][name]['pearson']:.3f}" if OOD in ideal else ""
-        main.append([f"*ideal {name}*", f"{values['pearson']:.3f}", f"{values['rmse']:.3f}", "", ood, "", ""])
-    text = f"## Methods\n\n{n} seed{'s' * (n > 1)}, {records} records; mean ± standard deviation over seeds; "
+        r = f"{values['pearson']:.3f}"
+        rmse = f"{values['rmse']:.3f}"
+        r_ood = f"{ideal[OOD][name]['pearson']:.3f}" if OOD in ideal else ""
+        predictions.append([f"*ideal {name}*", r, rmse, "", r_ood, "", ""])
+    seeds = "1 seed" if n == 1 else f"{n} seeds"
+    text = f"## Methods\n\n{seeds}, {records} records; mean ± standard deviation over seeds; "
     text += "differences with 95 % intervals over seeds and records.\n\n"
     head = ["method, prediction", "r", "RMSE", "r, 5 CoTs", "r, out of domain", "Δr to TRACT", "paper, r"]
-    text += table(head, main) + "\n"
+    text += table(head, predictions) + "\n"
     head = ["method, prediction", "ΔRMSE to TRACT", "Δr, out of domain", "ΔRMSE, out of domain"]
-    return text + table([*head, "log score", "calibration error"], more)
+    return text + table([*head, "log score", "calibration error"], distributions)
 
 
 def losses(cells: Cells) -> str:
     """Return the tables of losses: predictions, in and out of domain, and the score distribution."""
-    found, spread = {cells.test: [], OOD: []}, []
+    predictions = {cells.test: [], OOD: []}
+    distributions = []
     for targets, grid, loss in itertools.product(TARGETS, GRIDS, LOSSES):
         row = row_of(targets, grid, loss)
-        if (row, cells.test, "rail") not in cells.of:
+        if not cells.find(row):
             continue
         names = [TARGETS[targets], " ".join(grid), LOSSES[loss]]
-        how = "renormalised" if loss == "only-rps" else "rail"
-        for test, rows in found.items():
-            means = [cells.mean(row, m, how, test) for m in ("pearson", "rmse")]
-            apart = [cells.difference(row, m, how, test) for m in ("pearson", "rmse")]
-            rows.append([*names, *means, *apart])
-        to_tract = cells.difference(row, "log_score", how)
-        of_each = [*cells.reliability(row, how), to_tract, *cells.reliability(row, how, OOD)]
-        spread.append([*names, *of_each])
-    text, first = "", ["targets", "grid", "loss of stage 2"]
-    for test, rows in found.items():
+        reading = "renormalised" if loss == "only-rps" else "rail"
+        for test, rows in predictions.items():
+            means = [cells.mean(row, metric, reading, test) for metric in ("pearson", "rmse")]
+            to_tract = [cells.difference(row, metric, reading, test) for metric in ("pearson", "rmse")]
+            rows.append([*names, *means, *to_tract])
+        in_domain = [*cells.reliability(row, reading), cells.difference(row, "log_score", reading)]
+        distributions.append([*names, *in_domain, *cells.reliability(row, reading, OOD)])
+    text = ""
+    first = ["targets", "grid", "loss of stage 2"]
+    for test, rows in predictions.items():
         text += f"## Losses, {'out of' if test == OOD else 'in'} domain\n\n"
         text += table([*first, "r", "RMSE", "Δr to TRACT", "ΔRMSE to TRACT"], rows) + "\n"
     head = ["log score", "calibration error", "Δ log score to TRACT"]
     head += ["log score, out of domain", "calibration error, out of domain"]
-    return text + "## Losses, the score distribution\n\n" + table([*first, *head], spread)
+    return text + "## Losses, the score distribution\n\n" + table([*first, *head], distributions)
 
 
 def tables(report: dict) -> str:
@@ -124,22 +134,27 @@ def draw(report: dict, path: Path) -> None:
     options = {"layout": "constrained", "gridspec_kw": {"width_ratios": [1.5, 0.7, 1, 0.9]}}
     figure, (left, middle, right, last) = plt.subplots(1, 4, figsize=(17, 4.6), **options)
 
-    lines = [line for line in LINES if line[1] != "seed" and (line[1], test, line[2]) in cells.of][::-1]
-    for y, (_, row, reading, _) in enumerate(lines):
-        color = "tab:orange" if row == "tract" else "tab:blue"
-        bar(left, y, cells.of[row, test, reading]["pearson"], color)
-    left.set_yticks(range(len(lines)), [line[0] for line in lines])
-    for (name, values), style in zip(report["ideal"][test].items(), (":", "-.", "--"), strict=True):
-        left.axvline(values["pearson"], color="black", linestyle=style, linewidth=1, label=f"ideal {name}")
+    labels = []
+    for label, row, reading, _ in LINES[::-1]:
+        cell = cells.find(row, reading)
+        if cell and row != "seed":
+            bar(left, len(labels), cell["pearson"], "tab:orange" if row == "tract" else "tab:blue")
+            labels.append(label)
+    left.set_yticks(range(len(labels)), labels)
+    ideal = report["ideal"][test]
+    for name, style in zip(ideal, (":", "-.", "--"), strict=True):
+        r = ideal[name]["pearson"]
+        left.axvline(r, color="black", linestyle=style, linewidth=1, label=f"ideal {name}")
     left.legend(frameon=False, fontsize=8, ncol=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     left.set_xlabel("Pearson's r (bar: mean, dots: seeds)")
 
     for label, row, color in (("p_s", "a1", "tab:blue"), ("p_tract", "tract", "tab:orange")):
-        points = [(x, cells.of.get((row, t, "rail"))) for x, t in enumerate(("annotated", test))]
-        if all(cell for _, cell in points):
-            values = [cell["rmse"]["per_seed"] for _, cell in points]
-            middle.plot([x for x, _ in points], values, ".-", color=color, alpha=0.6)
-            middle.text(1.05, points[1][1]["rmse"]["mean"], label, color=color)
+        annotated = cells.find(row, test="annotated")
+        own = cells.find(row)
+        if annotated and own:
+            values = [cell["rmse"]["per_seed"] for cell in (annotated, own)]
+            middle.plot([0, 1], values, ".-", color=color, alpha=0.6)
+            middle.text(1.05, own["rmse"]["mean"], label, color=color)
     middle.set_xticks([0, 1], ["annotated CoTs", "own CoTs"])
     middle.set(xlim=(-0.2, 1.6), ylabel="RMSE", title="whose CoTs?")
 
@@ -150,12 +165,12 @@ def draw(report: dict, path: Path) -> None:
         "two-hot": "tab:green",
         "tract": "tab:orange",
     }
-    for (loss, color), (where, style) in itertools.product(colors.items(), ((test, "o-"), (OOD, "o:"))):
-        found = [cells.of.get((row_of("real", grid, loss), where, "rail")) for grid in GRIDS]
-        if all(found):
-            label = LOSSES[loss] if where == test else None
-            means = [c["rmse"]["mean"] for c in found]
-            right.plot(range(3), means, style, color=color, label=label, markersize=4)
+    for loss, (records, style) in itertools.product(colors, ((test, "o-"), (OOD, "o:"))):
+        by_grid = [cells.find(row_of("real", grid, loss), test=records) for grid in GRIDS]
+        if all(by_grid):
+            label = LOSSES[loss] if records == test else None
+            means = [cell["rmse"]["mean"] for cell in by_grid]
+            right.plot(range(3), means, style, color=colors[loss], label=label, markersize=4)
     right.set_xticks(range(3), [" ".join(grid) for grid in GRIDS])
     right.set(xlabel="score grid", ylabel="RMSE", xlim=(-0.25, 2.25), ylim=(0, 2.3))
     right.set_title("real-valued targets (dotted: out of domain)", fontsize=10)
@@ -164,7 +179,8 @@ def draw(report: dict, path: Path) -> None:
 
     names = {"ce": "CE (or two-hot)", "ntl": "NTL", "rps": "RPS", "tract": "TRACT"}
     for y, loss in enumerate(names):
-        if cell := cells.of.get((row_of("rating", "12345", loss), test, "rail")):
+        cell = cells.find(row_of("rating", "12345", loss))
+        if cell:
             bar(last, y, cell["calibration_error"], colors[loss])
     last.set_yticks(range(len(names)), names.values())
     last.set_xlabel("calibration error")
@@ -173,15 +189,14 @@ def draw(report: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("metrics", nargs="?", type=Path, default=HERE / "metrics.json")
-    parser.add_argument(
-        "--out", type=Path, help="folder of tables.md and figure.png; that of the metrics if none"
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("metrics", nargs="?", type=Path, default=HERE / "metrics.json")
+    add("--out", type=Path, help="folder of tables.md and figure.png; that of the metrics if none")
     args = parser.parse_args()
-    report, out = json.loads(args.metrics.read_text("utf-8")), args.out or args.metrics.parent
+    report = json.loads(args.metrics.read_text("utf-8"))
+    out = args.out or args.metrics.parent
     text = tables(report)
     (out / "tables.md").write_text(text, "utf-8")
     draw(report, out / "figure.png")
