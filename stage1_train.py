@@ -64,14 +64,14 @@ DEFAULTS = {
 MAX_LOGITS = 2**24  # at a time: 64 MiB in fp32, and as much again for log-softmax and gradient each
 
 
-def collate(examples: list[Example], pad_id: int) -> dict[str, Tensor]:
+def collate(examples: list[Example]) -> dict[str, Tensor]:
     """Pad examples on the right; `supervised` marks the R positions whose *next* token carries loss.
 
-    There is no attention mask: causal attention never looks to the right, and padding is never supervised.
-    Padding is recognised by position, since the padding token may well be the end of sequence.
+    There is no attention mask: causal attention never looks to the right, and padding is never supervised. So
+    any token will do as padding.
     """
     shape = (len(examples), max(len(example.ids) for example in examples))  # (B, T)
-    ids = torch.full(shape, pad_id)
+    ids = torch.full(shape, examples[0].ids[0])
     supervised = torch.zeros(shape, dtype=torch.bool)
     is_score = torch.zeros(shape, dtype=torch.bool)
     true_scores = torch.zeros(shape)
@@ -119,7 +119,7 @@ def loss_in_parts(model, states: Tensor, batch: dict, loss_options: dict, bf16: 
         yield part
 
 
-def accumulate_gradients(model, window: list[Example], loss_options: dict, pad_id: int, args) -> Tensor:
+def accumulate_gradients(model, window: list[Example], loss_options: dict, args) -> Tensor:
     """Add the gradient of a step's loss to the weights, a micro-batch at a time; return loss, CE, penalty.
 
     Losses are divided by the tokens and sequences of the whole window: they add up to the same however it is
@@ -131,7 +131,7 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, pad_i
     loss_options = loss_options | {"n_tokens": n_tokens, "n_sequences": len(window)}
     sums = torch.zeros(3, device=device())
     for micro_batch in ranks.micro_batches(window, args.batch_size):
-        batch = collate(micro_batch, pad_id)
+        batch = collate(micro_batch)
         states = supervised_states(model, batch, args.bf16)  # (R, D)
         # In short: cot_raft_loss(score_logits(model, states, score_ids), ...).total.backward()
         # But then R × V logits exist at once, which is gigabytes. So cut the graph between decoder and head,
@@ -146,9 +146,7 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, pad_i
     return sums
 
 
-def train(
-    args, model, plan: list[list], held_out: list[Example], loss_options: dict, pad_id: int, folder: Path
-) -> int:
+def train(args, model, plan: list[list], held_out: list[Example], loss_options: dict, folder: Path) -> int:
     """Take one optimiser step for each window of examples in the plan, and log it to folder/log.jsonl.
 
     loss_options: arguments of cot_raft_loss that are the same for every batch. Where an earlier run left a
@@ -158,7 +156,7 @@ def train(
     optimiser, schedule = training.make_optimiser(model, args, steps=len(plan))
     with training.Journal(args, folder, model, optimiser, schedule, len(plan)) as journal:
         for step, window in journal.remaining(plan):
-            sums = accumulate_gradients(model, window, loss_options, pad_id, args)
+            sums = accumulate_gradients(model, window, loss_options, args)
             # Under torchrun, in place, over all processes; in a single one nothing happens
             ranks.add_up([sums, *ranks.gradients(model)])
             norm = ranks.clip(model, args.clip or math.inf)
@@ -171,18 +169,18 @@ def train(
             schedule.step()
             optimiser.zero_grad(set_to_none=True)
             if held_out and step % steps_per_epoch == 0:
-                line["valid"] = evaluate(model, held_out, loss_options, pad_id, args)
+                line["valid"] = evaluate(model, held_out, loss_options, args)
             journal.end_step(window, line)
         speed = journal.tokens_per_second()
     # Every loss in the log was computed before its step: nothing has tried the last weights yet
-    last = evaluate(model, plan[-1], loss_options, pad_id, args)
+    last = evaluate(model, plan[-1], loss_options, args)
     if not math.isfinite(last["ce"]):
         raise Fault(f"{folder}: the last steps spoilt the weights; remove it, and try a lower --lr")
     return speed
 
 
 @torch.no_grad()
-def evaluate(model, examples: list[Example], loss_options: dict, pad_id: int, args) -> dict:
+def evaluate(model, examples: list[Example], loss_options: dict, args) -> dict:
     """Return mean CE a token and RMSE on held-out examples, on their CoTs as given."""
     model.eval()
     # The same measures whatever is trained on, so that runs can be compared
@@ -193,7 +191,7 @@ def evaluate(model, examples: list[Example], loss_options: dict, pad_id: int, ar
     sums = torch.zeros(2, device=device())  # CE, squared error
     by_length = sorted(examples, key=lambda example: len(example.ids))
     for micro_batch in ranks.micro_batches(by_length, args.batch_size):
-        batch = collate(micro_batch, pad_id)
+        batch = collate(micro_batch)
         states = supervised_states(model, batch, args.bf16)
         for part in loss_in_parts(model, states, batch, loss_options, args.bf16):
             sums += torch.stack([part.ce, part.penalty])
@@ -241,9 +239,8 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     loss_options = models.score_tensors(score_ids, args.grid)  # score_ids and score_values
     for name in ("lam", "penalty", "ce_weight", "score_ce", "score_weight", "ce_sum"):
         loss_options[name] = getattr(args, name)
-    pad_id = tokenizer.eos_token_id  # nothing depends on it, and the padding token may have no embedding
     try:
-        speed = train(args, model, plan, held_out, loss_options, pad_id, part_folder)
+        speed = train(args, model, plan, held_out, loss_options, part_folder)
     except torch.OutOfMemoryError:
         remedy = "lower --batch-size or --max-length, or use --lora"
         raise Fault(f"{part_folder}: out of memory; {remedy}") from None

@@ -135,7 +135,7 @@ def time_training(config, lora: int | None, prompt: int, cot: int) -> float:
     for _ in range(3):
         started = time.time()
         with tempfile.TemporaryDirectory() as folder:
-            stage1_train.train(args, model.train(), [window[:4]], [], loss_options, 0, Path(folder))
+            stage1_train.train(args, model.train(), [window[:4]], [], loss_options, Path(folder))
         seconds.append(time.time() - started)
     return statistics.median(seconds)
 

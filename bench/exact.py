@@ -75,7 +75,7 @@ def price(args, records: list[dict], grid: Grid) -> None:
     options = SimpleNamespace(batch_size=len(examples), score_ce="token", bf16=True)
 
     def step() -> None:
-        stage1_train.accumulate_gradients(model, examples, judge.scores, 0, options)
+        stage1_train.accumulate_gradients(model, examples, judge.scores, options)
         model.zero_grad()
 
     rows = []

@@ -109,7 +109,7 @@ def measure(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, c
 
     def run() -> None:
         model = models.load_for_training("random", lora, checkpointing, bf16)
-        stage1_train.train(args, model, [window] * 2, [], loss_options, 0, Path(folder))
+        stage1_train.train(args, model, [window] * 2, [], loss_options, Path(folder))
 
     fake = patch.object(models, "load_model", load)
     with fake, tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
