@@ -7,6 +7,7 @@ import signal
 import sys
 from importlib import import_module, resources
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may need the hub
 
@@ -87,6 +88,14 @@ def run(script: str, *arguments) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Spare trainings their picture, half a second each, where pictures are not what is tested."""
+    if request.module.__name__ != "test_watching":
+        blank = SimpleNamespace(savefig=lambda out: None)
+        monkeypatch.setattr("tract.curves.draw", lambda logs: blank)
 
 
 class Lab:

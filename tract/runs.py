@@ -34,7 +34,8 @@ class Fault(Exception):
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; its errors end in one line on stderr and exit code 2, if stopped 130, else 1."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
+        # What a terminal that knows ASCII alone lacks is spelled out; a log file gets each line at once
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
     except (InputError, Fault, OSError, KeyboardInterrupt) as error:
@@ -62,14 +63,15 @@ def write_whole(path: str | Path, content: str | Callable[[IO], None]) -> None:
             content(out) if callable(content) else out.write(content.encode())
             out.flush()
             os.fsync(out.fileno())
+        beside.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        beside.unlink(missing_ok=True)
         full = "" if isinstance(error, OSError) else "is the disk full? "
         raise Fault(f"{path}: can't be written ({full}{str(error).splitlines()[0][:120]}); {GO_ON}") from None
-    beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)  # where it has not become `path`
 
 
-def write_run(path: Path, args: argparse.Namespace, settings: dict, started: float, **facts) -> None:
+def write_run(path: Path, args: argparse.Namespace, settings: dict, started: float, **facts) -> dict:
     """Write run.json: what was asked, on which files, with which versions, and what came out (`facts`)."""
     commit = None
     if shutil.which("git"):
@@ -87,6 +89,7 @@ def write_run(path: Path, args: argparse.Namespace, settings: dict, started: flo
         **facts,
     }
     write_whole(path, json.dumps(run, indent=2, default=str) + "\n")
+    return run
 
 
 def begin(args: argparse.Namespace) -> tuple[Path, dict, IO]:

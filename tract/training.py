@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from tract import ranks, runs
+from tract import curves, hub, ranks, runs
+from tract.card import card
 from tract.encode import Example, thinking_setting
 from tract.runs import Fault
 
@@ -44,7 +45,10 @@ def save_checkpoint(args, model, tokenizer, part: Path, settings: dict, started:
     weights = ranks.together(model.state_dict()) if args.fsdp else None
     if ranks.rank():
         return
-    log = read_log(part)
+    log = curves.read_log(part)
+    skipped = sum(not line["taken"] for line in log)
+    if skipped:
+        print(f"{skipped} of {len(log)} steps were not finite and not taken, see log.jsonl")
     whole = part / "whole"
     try:
         model.save_pretrained(whole, state_dict=weights)
@@ -54,7 +58,14 @@ def save_checkpoint(args, model, tokenizer, part: Path, settings: dict, started:
     shutil.copy(part / "log.jsonl", whole)
     (whole / "README.md").unlink(missing_ok=True)  # peft's, a form to fill in
     facts |= {"last_step": log[-1], "enable_thinking": thinking_setting(tokenizer)}
-    runs.write_run(whole / "run.json", args, settings, started, **facts)
+    run = runs.write_run(part / "run.json", args, settings, started, **facts)
+    extras = {"README.md": lambda: card(run), "curves.png": lambda: curves.draw({"": log}).savefig}
+    for name, make in extras.items():
+        try:  # a training of hours does not fail for want of a page about it
+            runs.write_whole(whole / name, make())
+        except Exception as error:
+            print(f"{args.out}: without {name} ({hub.one_line(error)})")
+    (part / "run.json").replace(whole / "run.json")  # last: where it is, everything is
     runs.finish(part, args.out)
     print(f"{args.out}: stage {args.stage} done in {time.time() - started:.0f} s")
 
@@ -82,6 +93,8 @@ class Journal:
     def __init__(self, args, folder: Path, model, optimiser, schedule, n_steps: int):
         self.folder, self.save_every, self.n_steps = folder, args.save_every, n_steps
         self.label = f"stage {args.stage}"
+        self.epochs = args.epochs
+        self.held_out = "held out, without CoTs" if args.no_cot else "held out, on the CoTs given"
         self.trained = (model, optimiser, schedule)
         self.bad_steps = 0  # in a row
         self.tokens = 0  # trained on since the start of this process
@@ -126,6 +139,10 @@ class Journal:
         if not line["taken"]:
             ids = ", ".join(example.id for example in window)
             self.bar.write(f"step {step} not taken, not finite: {ids}")
+        if "valid" in line:
+            epoch = step * self.epochs // self.n_steps
+            values = "CE {ce:.3f} a token, RMSE {rmse:.3f}".format(**line["valid"])
+            self.bar.write(f"epoch {epoch}: {self.held_out}: {values}")
         stopping = ranks.anyone(self.stopping)
         too_bad = self.bad_steps == BAD_STEPS
         if step % self.save_every == 0 or step == self.n_steps or too_bad or stopping:
@@ -141,15 +158,6 @@ class Journal:
 
     def tokens_per_second(self) -> int:
         return round(self.tokens / (time.time() - self.started))
-
-
-def read_log(folder: Path) -> list[dict]:
-    """Read the log of a training that has ended; say how many steps were not taken."""
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
-    skipped = [line for line in log if not line["taken"]]
-    if skipped:
-        print(f"{len(skipped)} of {len(log)} steps were not finite and not taken, see log.jsonl")
-    return log
 
 
 def save_state(folder: Path, model, optimiser, schedule, step: int) -> None:
