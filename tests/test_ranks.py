@@ -46,7 +46,9 @@ def work(rank: int, environment: dict, stop: bool, options: list[str], log: str)
 def start(n: int, options: list[str], log: Path, stop: bool = False) -> list[int]:
     """Run n ranks as torchrun starts them, without its three imports of torch; returns their exit codes."""
     fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload(["stage1_train", "peft", "torch.distributed.fsdp", MODEL_CODE])
+    fork.set_forkserver_preload(
+        ["stage1_train", "peft", "torch.distributed.fsdp", "matplotlib.figure", MODEL_CODE]
+    )
     environment = AS_TORCHRUN | {"WORLD_SIZE": str(n), "MASTER_PORT": str(20000 + time.time_ns() % 9999)}
     how = (environment, stop, list(map(str, options)), str(log))
     processes = [fork.Process(target=work, args=(rank, *how)) for rank in range(n)]
