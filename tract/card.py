@@ -16,7 +16,8 @@ It predicts the expected score of a response. Trained in stage {stage} of
     data         {data_file}
     grid         {grid!r}
     suffix       {suffix!r}
-    loss         {ce_weight} · CE + {lam} · penalty ({penalty}); CE at the score: {score_ce}, weight {score_weight}
+    loss         {ce_weight} · CE + {lam} · penalty ({penalty})
+    CE at score  {score_ce}, weight {score_weight}
 
 To judge with it, in a clone of TRACT; FOLDER is this folder, or its id on the hub:
 
