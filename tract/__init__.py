@@ -10,7 +10,7 @@ options.py      the options of the scripts, and their defaults
 runs.py         what a run leaves behind, and how it ends; settings.py: what decides its result
 examples.py     what comes before a training: data, examples, the plan of its steps
 training.py     what surrounds it: optimiser, log, state, signals
-scores.py       what eval.py reads and leaves behind: predictions, counts, tables, a figure
+scores.py       what eval.py reads and leaves behind: predictions, tables, a figure; page.py: report.html
 pairs.py        pairs of responses, decided by scores that were given one by one
 ranks.py        several processes under torchrun
 vllm_engine.py  another engine in place of writing.py
