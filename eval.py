@@ -2,11 +2,11 @@
 
     python eval.py out/run/predictions.jsonl [more.jsonl ...] --out out/run/eval
 
-Writes metrics.json and figure.png to --out and prints tables, for the prediction (CoT-RAIL) and the decoded
-score. Several files are compared with the first, on the records they share and the same resamples of them.
-Records without a score, or without a prediction (--renormalise found no mass on the grid), are left out; the
-report counts them. Where records have the `ratings` of several people, each rater, and the judge in a rater's
-place, is compared with the mean of the others. --pairs judges pairs of records instead (tract/pairs.py).
+Writes metrics.json, figure.png and report.html (both, and all records) to --out and prints tables, for the
+prediction (CoT-RAIL) and the decoded score. Several files are compared with the first, on the records they
+share and the same resamples. Records without a score, or without a prediction (--renormalise found no mass on
+the grid), are left out and counted. Where records have the `ratings` of several people, each rater, and the
+judge in a rater's place, is compared with the mean of the others. --pairs judges pairs (tract/pairs.py).
 
     pearson, spearman, kendall, rmse, mae
     spread        standard deviation of the predictions over that of the true scores
@@ -19,13 +19,15 @@ place, is compared with the mean of the others. --pairs judges pairs of records 
 """
 
 import argparse
+import contextlib
+import io
 import math
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
-from tract import pairs, runs
+from tract import page, pairs, runs
 from tract.records import InputError, off_grid_line
 from tract.scores import Predictions, describe, draw, print_columns, print_table, read_predictions, write
 
@@ -248,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     add = parser.add_argument
     add("predictions", nargs="*", default=["out/predictions.jsonl"], help="JSONL files of predict.py")
-    add("--out", type=Path, default=Path("out/eval"), help="folder for metrics.json and figure.png")
+    add("--out", type=Path, default=Path("out/eval"), help="folder for metrics.json, figure.png, report.html")
     add("--grid", help="other values for the same score tokens; None: the grid that the file says")
     add("--cots", type=runs.COUNT, help="use the first so many CoTs of each record; None: all")
     add("--pairs", action="store_true", help="judge pairs of records: see the fields pair and chosen")
@@ -267,8 +269,11 @@ def main() -> None:
         return
     common = keep_common(files)
     report = compare(files, common, args.resamples, args.seed)
-    write(args, report, draw(common, report))
-    show(report, common)
+    figure = draw(common, report)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        show(report, common)
+    write(args, report, figure, page.render(common, printed.getvalue(), figure))
+    print(printed.getvalue(), end="")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Metrics by hand, paired intervals, and nothing dropped in silence."""
 
+import base64
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -236,7 +239,7 @@ def test_a_killed_or_another_eval_is_in_nobodys_way(lab, monkeypatch):
     lab.run(*command, lab.path / "out")
     assert (lab.path / "out").stat().st_mode == left.parent.stat().st_mode  # for others to read
     other = lab.path / "other"
-    monkeypatch.setattr(eval, "draw", lambda *_: os.kill(os.getpid(), 2))
+    monkeypatch.setattr(eval, "draw", lambda *_: signal.raise_signal(2))  # at once, in this thread
     assert lab.fail(*command, other)[0] == 130 and not other.exists()
     monkeypatch.setattr(eval, "draw", lambda *_: other.mkdir() or b"")  # another eval.py was faster
     code, said = lab.fail(*command, other)
@@ -254,3 +257,58 @@ def test_any_name_of_a_file_can_be_drawn(lab):
     files = [lab.write(name, predictions(5)) for name in ("$a_b^$", "\\frac{$x", "評価" * 30, "long " * 45)]
     with warnings.catch_warnings(action="error"):
         lab.run("eval", *files, "--resamples", 5, "--out", lab.path / "eval")
+
+
+class Page(HTMLParser):
+    """Hold what a browser would find in report.html: cells of tables, texts, contents of scripts, images."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.sources, self.found = [], [], {"td": [], "pre": [], "script": []}
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+        if tag in self.found:
+            self.found[tag].append("")
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] in self.found:
+            self.found[self.tags[-1]][-1] += data
+
+
+HOSTILE = "</script><script>alert(1)</script><!-- & &amp; \u2028 {{ 7 * 7 }} \x00 \r\n 評"
+
+
+def test_the_page_holds_tables_figure_and_records_and_text_stays_text(lab):
+    """Read the page as a browser does: what is in it equals what was printed, drawn and given."""
+    rows = predictions(6)
+    for row in rows:
+        row |= {"id": row["id"] + HOSTILE, "prompt": HOSTILE, "cots": [HOSTILE, ""]}
+        row |= {"score_probs": [[0.1, 0.2, 0.3, 0.2, 0.1], [0, 0, 0, 0, 0.5]], "off_grid": [0.1, 0.5]}
+        row["finished"] = [True, False]
+    rows[0]["score"] = 3.5
+    changed = [row | {"prompt": "another"} for row in rows[:1]] + rows[1:5]
+    changed[1] = {name: value for name, value in changed[1].items() if name != "prompt"} | {"cots": {"a": 1}}
+    paths = lab.write("<b>&amp;", rows), lab.write("b", changed)
+    lab.run("eval", *paths, "--resamples", 5, "--out", lab.path / "eval")
+    printed = lab.capsys.readouterr().out
+    page = Page((lab.path / "eval/report.html").read_text("utf-8"))
+    lines = [line for line in printed.splitlines() if line.startswith("|") and "---" not in line]
+    cells = [cell.strip() for line in lines for cell in line[1:-1].split("|")]
+    assert [cell.strip() for cell in page.found["td"]] == cells and len(cells) > 50
+    assert f"1: {paths[0]}: 6 records" in page.found["pre"][1]
+    figure = base64.b64encode((lab.path / "eval/figure.png").read_bytes()).decode()
+    assert page.sources == [f"data:image/png;base64,{figure}", "#"]  # nothing comes from elsewhere
+    data, _ = page.found["script"]  # two scripts: no text has begun a third
+    assert "<" not in data and not {"b", "link"} & set(page.tags)
+    first, second = json.loads(data)
+    assert [first["path"], first["scores"]] == [str(paths[0]), [1, 2, 3, 4, 5, "off the grid"]]
+    names = ("id", "score", "prediction", "prompt", "cots", "finished", "score_probs", "off_grid")
+    for entry, row in zip(first["rows"], rows[:5], strict=True):
+        assert [entry[name] for name in names] == [row[name] for name in names]
+        assert entry["expected"] == pytest.approx([0.1 + 0.4 + 0.9 + 0.8 + 0.5, 2.5])
+    assert first["rows"][0]["nearest"] == 3  # halves up: to 4
+    prompts = [entry.get("prompt") for entry in second["rows"]]  # none where it is the same
+    assert prompts == ["another", "", None, None, None] and second["rows"][1]["cots"] == []

@@ -193,8 +193,8 @@ def draw(common: dict[str, Predictions], report: dict) -> bytes:
     return png.getvalue()
 
 
-def write(args: argparse.Namespace, report: dict, figure: bytes | None = None) -> None:
-    """Write metrics.json and, if there is one, figure.png to the new folder args.out, whole or not at all."""
+def write(args: argparse.Namespace, report: dict, figure: bytes | None = None, page: str = "") -> None:
+    """Write metrics.json and, with a figure, figure.png and report.html to a new args.out, all or none."""
     args.out.parent.mkdir(parents=True, exist_ok=True)
     # Beside --out, under a name of its own: what a killed run or another one leaves is in nobody's way
     with tempfile.TemporaryDirectory(prefix=f"{args.out.name}.part-", dir=args.out.parent) as part:
@@ -203,5 +203,6 @@ def write(args: argparse.Namespace, report: dict, figure: bytes | None = None) -
         runs.write_whole(whole / "metrics.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         if figure is not None:
             runs.write_whole(whole / "figure.png", lambda out: out.write(figure))
+            runs.write_whole(whole / "report.html", page)
         runs.check_out(args)  # again, for another eval.py may have made it
         whole.rename(args.out)
