@@ -120,6 +120,7 @@ def test_what_belongs_together_is_held_out_together(lab, column):
             "made.jsonl: would be empty",
         ),
         ("t.csv", ["--grid", "1,x"], "--grid 1,x: give numbers"),
+        ("t.csv", ["--map", "ratings=a=b"], "row 2: 'ratings' is no list; name the columns"),
         ("cut.csv", [], "can't be read (Error: unexpected end of data)"),
         ("two.csv", [], "two columns have the same name"),
         ("latin.csv", [], "can't be read (UnicodeDecodeError"),

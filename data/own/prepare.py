@@ -26,7 +26,6 @@ from tract.prompt import PARTS, render_prompt
 from tract.records import Grid, InputError, significant
 
 TEXTS = ("id", "prompt", *PARTS, "reference", "cot")
-FIELDS = (*TEXTS, "score", "ratings")
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+|\d+,\d\d?)\s*")  # 4, 3.5, 3,5; 1,000 might be either
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
@@ -79,7 +78,7 @@ def choose_columns(args: argparse.Namespace, rows: list) -> dict[str, str]:
             there = ", ".join(map(repr, columns))
             raise InputError(f"{args.source}: has no column {column!r}; its columns are {there}")
     for column in columns:
-        if column in FIELDS and column not in [*sources, *dict(args.set), *asked]:
+        if column in (*TEXTS, "score", "ratings") and column not in [*sources, *dict(args.set), *asked]:
             sources[column] = column
     unused = [repr(column) for column in columns if column not in [*asked, *sources]]
     print(f"not used: {', '.join(unused) or 'no column'}")
@@ -114,6 +113,8 @@ def convert(row: Any, sources: dict[str, str], args: argparse.Namespace, id: str
         elif field in (*PARTS, "prompt", "cot", "score"):
             return f"nothing in {column!r}"
     ratings = record.pop("ratings", [row.get(column) for column in args.ratings])
+    if not isinstance(ratings, list):
+        return "'ratings' is no list; name the columns of the raters with --ratings"
     ratings = [read_cell(rating, "score") for rating in ratings]
     ratings = [rating for rating in ratings if rating is not None]
     scores = [*ratings, record["score"]] if "score" in record else ratings
