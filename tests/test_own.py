@@ -80,6 +80,7 @@ def test_every_kind_of_file_gives_the_same_records(lab, monkeypatch):
     ]
     for source in ("mine.parquet", "mine", "mine.jsonl", "mine.json"):
         assert prepare(lab, source, *options, out=f"out/{source}.jsonl")[0] == expected
+        assert '"ratings": [4, 4.5]' in (lab.path / f"out/{source}.jsonl").read_text()  # not 4.0
     for source in ("mine.csv", "mine.tsv"):  # where all cells are texts, and the header is row 1
         made, _ = prepare(lab, source, *options, out=f"out/{source}.jsonl")
         assert made == [expected[0] | {"day": "7.0"}, expected[1] | {"id": "mine-3"}]
