@@ -1,6 +1,7 @@
 """Data of one's own become records that the stages take; what can't be one is counted with the reason."""
 
 import json
+from datetime import date
 
 import datasets
 import pytest
@@ -85,6 +86,18 @@ def test_every_kind_of_file_gives_the_same_records(lab, monkeypatch):
         made, _ = prepare(lab, source, *options, out=f"out/{source}.jsonl")
         assert made == [expected[0] | {"day": "7.0"}, expected[1] | {"id": "mine-3"}]
     assert read_records(lab.path / "out/mine.csv.jsonl", Grid(), ("id", "prompt", "cot", "score"))
+
+
+def test_a_mapped_column_is_not_taken_again_and_dates_become_texts(lab, monkeypatch):
+    """Take `prompt`, which is the instruction here, for that alone."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", lab.path / "cache")
+    columns = {"prompt": ["Why?"], "response": ["So."], "rubric": ["Is it?"], "day": [date(2026, 1, 31)]}
+    datasets.Dataset.from_dict(columns).to_parquet(lab.path / "mine.parquet")
+    made, _ = prepare(
+        lab, "mine.parquet", "--map", "instruction=prompt", "day=day", "--set", "rubric=Is it right?"
+    )
+    expected = {"id": "mine-1", "rubric": "Is it right?", "instruction": "Why?", "day": "2026-01-31"}
+    assert made == [expected | {"response": "So."}]
 
 
 @pytest.mark.parametrize("column", ["instruction", "topic"])
