@@ -3,7 +3,8 @@
 #   make demo            the whole method on the embedded task, files under out/demo (make demo OUT=... elsewhere)
 #   make sweep LAMBDAS="0.3 1 3"
 #                        both stages with each λ, judged on held-out prompts with CoTs of their own, under out/sweep
-#                        (MODEL=... TRAIN=... VALID=... for another model and data)
+#                        (MODEL=... TRAIN=... VALID=... for another model and data; options of both training stages go into
+#                        TRAINING="--epochs 1 --lora 8", of gen_cot.py and predict.py into JUDGING="--max-new-tokens 200")
 #   make ablations       every method of the paper's table, and the losses one by one, five seeds, files under out/ablations
 #                        (make ablations ROWS="tract a1" SEEDS="1 2")
 #   make real ISTS=DIR FEEDBACKQA=DIR
@@ -66,10 +67,10 @@ sweep: $(LAMBDAS:%=$(SWEEP)/lambda-%.jsonl)
 	$(RUN) eval.py $^ --out $(SWEEP)/eval
 
 $(SWEEP)/lambda-%.jsonl: | .venv/run
-	test -e $(SWEEP)/stage1-$* || $(RUN) stage1_train.py --model $(MODEL) --data $(TRAIN) --lambda $* --out $(SWEEP)/stage1-$*
-	test -e $(SWEEP)/cots-$*.jsonl || $(RUN) gen_cot.py --model $(SWEEP)/stage1-$* --data $(TRAIN) --out $(SWEEP)/cots-$*.jsonl
-	test -e $(SWEEP)/stage2-$* || $(RUN) stage2_train.py --model $(MODEL) --data $(SWEEP)/cots-$*.jsonl --lambda $* --out $(SWEEP)/stage2-$*
-	$(RUN) predict.py --model $(SWEEP)/stage2-$* --data $(VALID) --out $@
+	test -e $(SWEEP)/stage1-$* || $(RUN) stage1_train.py --model $(MODEL) --data $(TRAIN) --lambda $* $(TRAINING) --out $(SWEEP)/stage1-$*
+	test -e $(SWEEP)/cots-$*.jsonl || $(RUN) gen_cot.py --model $(SWEEP)/stage1-$* --data $(TRAIN) $(JUDGING) --out $(SWEEP)/cots-$*.jsonl
+	test -e $(SWEEP)/stage2-$* || $(RUN) stage2_train.py --model $(MODEL) --data $(SWEEP)/cots-$*.jsonl --lambda $* $(TRAINING) --out $(SWEEP)/stage2-$*
+	$(RUN) predict.py --model $(SWEEP)/stage2-$* --data $(VALID) $(JUDGING) --out $@
 
 ablations: | .venv/run
 	$(RUN) bench/ablations.py --rows $(ROWS) --seeds $(SEEDS)

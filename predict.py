@@ -28,7 +28,8 @@ def main() -> None:
     add = parser.source_of_cots.add_argument  # the group of --num-cots: they exclude each other
     add("--no-cot", action="store_true", help="write no CoT: plain RAIL")
     add("--given", choices=("cot", "cots"), help="score the CoTs in this field, write none")
-    parser.add_argument("--renormalise", action="store_true", help="divide by the mass on the grid")
+    add = parser.add_argument_group("prediction").add_argument
+    add("--renormalise", action="store_true", help="divide by the mass on the grid")
     args = parser.parse_args()
     args.grid = choose_grid(args)
     output = Output(args)

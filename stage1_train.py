@@ -250,7 +250,8 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
 
 def main() -> None:
     parser = make_training_parser(__doc__, stage=1, defaults=DEFAULTS)
-    parser.add_argument("--no-cot", action="store_true", help="train on the score alone, without any CoT")
+    add = parser.add_argument_group("stage 1").add_argument
+    add("--no-cot", action="store_true", help="train on the score alone, without any CoT")
     args = parser.parse_args()
     default_data = Path(parser.get_default("data")).resolve()
     if Path(args.data).resolve() == default_data:  # it can be fetched, and comes with held-out records

@@ -1,5 +1,6 @@
 """Read and clean the files of other people's data sets, for the prepare.py of each, and write records."""
 
+import hashlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from typing import Any
 
 from tract import runs
 from tract.checks import find_verdict
-from tract.hub import check_endpoint
+from tract.hub import check_endpoint, one_line
 from tract.records import Grid, InputError
 
 SCORE = r"(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*5)?"  # 4, 4.0, 4/5, 4 out of 5
@@ -72,9 +73,10 @@ def read_hub(hub_id: str, split: str, file: str, by_hand: str):
 
         return datasets.load_dataset(hub_id, split=split)
     except Exception as error:  # `datasets` and the libraries below it have no base class of errors in common
+        what = f"can't be had from the hub ({type(error).__name__}: {one_line(error, 120)})"
         raise InputError(
-            f"{hub_id}: can't be had from the hub ({type(error).__name__}); download {file} from "
-            f"huggingface.co/datasets/{hub_id}, then: python data/{by_hand} {file}"
+            f"{hub_id}: {what}; download {file} from huggingface.co/datasets/{hub_id}, then: "
+            f"python data/{by_hand} {file}"
         ) from None
 
 
@@ -122,15 +124,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
         folder.rename(path)
 
 
-def sort_out(made: list, path: str) -> tuple[list, str]:
+def sort_out(made: list, path: str, first: int = 0) -> tuple[list, str]:
     """Split what rows became into records, in their order, and lines that count the reasons for the others.
 
-    made: for each row a record (or a list of them), or a text that says why there is none. Raises InputError
-    where nothing could be kept.
+    made: for each row a record (or a list of them), or a text that says why there is none. first: the number
+    of the first row. Raises InputError where nothing could be kept.
     """
     kept = []
     reasons = {}  # reason → numbers of the rows
-    for number, record in enumerate(made):
+    for number, record in enumerate(made, first):
         reason = record if isinstance(record, str) else None
         try:
             json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
@@ -141,13 +143,19 @@ def sort_out(made: list, path: str) -> tuple[list, str]:
         else:
             kept.append(record)
     if not kept:
-        first = next(iter(reasons), "there is none")
-        raise InputError(f"{path}: nothing to keep, row 0: {first}; is it the right file?")
+        reason = next(iter(reasons), "there is none")
+        raise InputError(f"{path}: nothing to keep, row {first}: {reason}; is it the right file?")
     lines = []
     for reason, rows in reasons.items():
         examples = ", ".join(map(str, rows[:3])) + (", …" if len(rows) > 3 else "")
         lines.append(f"left out {len(rows)}: {reason} (row {examples})\n")
     return kept, "".join(lines)
+
+
+def is_held_out(group: str, fraction: float, seed: int) -> bool:
+    """Decide by hash: more rows, or rows in another order, leave a group on its side."""
+    digest = hashlib.sha256(f"{seed}/{group}".encode()).digest()
+    return int.from_bytes(digest[:8]) < fraction * 2**64
 
 
 def is_text(value: Any) -> bool:

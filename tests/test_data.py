@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from data.feedback_collection.prepare import is_held_out
 from data.pairs.prepare import convert, names_of
-from data.prepare_helpers import clean_cot, read_feedback, read_hub, read_items
+from data.prepare_helpers import clean_cot, is_held_out, read_feedback, read_hub, read_items
 from tract.records import InputError
 
 LEFT_OUT = re.compile(r"left out (\d+: \S+ \S+)")  # how many, and the first words of the reason
@@ -202,6 +201,8 @@ def test_committed_tiny_data_is_what_its_script_makes(lab):
         ("feedbackqa.prepare", "none.json --out {}/made.jsonl"),
         ("ists.prepare", "--alignments none --gold none --out {}/made.jsonl"),
         ("ists.prepare", "--alignments none --gold none --out {}/new.jsonl --valid {}/made.jsonl"),
+        ("own.prepare", "none.csv --out {}/made.jsonl"),
+        ("own.prepare", "none.csv --valid-fraction 0.1 --out {}/valid.jsonl"),
         ("pairs.prepare", "none.json --out {}/made.jsonl"),
         ("prometheus_bench.prepare", "none.json --out {}/made.jsonl"),
         ("prometheus_bench.prepare", "none.json --out {}/new.jsonl --train {}/made.jsonl"),

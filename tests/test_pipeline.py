@@ -2,6 +2,8 @@
 
 import doctest
 import json
+import re
+import subprocess
 
 import pytest
 from conftest import ROOT
@@ -91,6 +93,35 @@ def test_what_makes_no_sense_gets_one_line(script, rows, options, message, lab, 
     common = ["--model", TINY_SEED, "--data", "data.jsonl", "--out", "out"]
     code, said = lab.fail(script, *common, *options)
     assert code == 2 and message in said.strip().splitlines()[-1] and not list(lab.path.glob("out*"))
+
+
+def test_a_sweep_hands_its_options_to_the_stages():
+    """Let make say, without running it, which commands a sweep is; what it would print is not there yet."""
+    options = ["TRAINING=--epochs 1 --lora 8", "JUDGING=--num-cots 2", "LAMBDAS=0.3 1", "SWEEP=out/none"]
+    make = ["make", "--dry-run", "sweep", *options]
+    said = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for script, given in (
+        ("stage1_train", "--lambda 0.3 --epochs 1 --lora 8"),
+        ("stage2_train", "--lambda 1 --epochs 1 --lora 8"),
+        ("gen_cot", "--num-cots 2"),
+        ("predict", "--num-cots 2"),
+    ):
+        lines = [line for line in said.splitlines() if f"{script}.py" in line]
+        assert len(lines) == 2 and any(f" {given} " in line for line in lines)
+
+
+def test_help_begins_with_what_matters_most(lab):
+    first = {
+        "stage1_train": "model data out epochs lora full",
+        "stage2_train": "model data out epochs lora full",
+    }
+    first |= {"gen_cot": "model data out batch-size num-cots"}
+    first |= {"predict": "model data out batch-size num-cots no-cot given"}
+    for script, names in first.items():
+        said = lab.fail(script, "--help")[1]
+        assert said.startswith(f"usage: {script}.py [options]\n")
+        ungrouped = said.partition("options:\n")[2].partition("\n\n")[0]
+        assert re.findall(r"^  --([\w-]+)", ungrouped, re.M) == names.split()
 
 
 def test_help_shows_defaults_and_those_of_training_follow_the_model(lab):

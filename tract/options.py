@@ -25,19 +25,21 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
         lora = adapter_rank
     rank = lora or 8  # the paper's is 8
 
-    parser = argparse.ArgumentParser(description=description, formatter_class=Help, allow_abbrev=False)
-    add = parser.add_argument_group("what goes in and out").add_argument
+    parser = make_parser(description)
+    add = parser.add_argument  # what matters most comes first, in no group
     names = ", ".join(hub.MODELS)
     add("--model", default=models.TINY_SEED, help=f"seed model: folder, hub id or one of {names}")
     add("--data", default=data if stage == 1 else "out/cots.jsonl", help="JSONL file of records")
-    add("--valid", help="JSONL file of held-out records; None: valid.jsonl of stage 1's default --data")
     add("--out", type=Path, default=Path(f"out/stage{stage}"), help="folder of the checkpoint")
-    add("--dry-run", action="store_true", help="only show options and an example with its loss mask")
-    add = parser.add_argument_group("what is trained").add_mutually_exclusive_group().add_argument
+    add("--epochs", type=COUNT, help="passes over the data")
+    add = parser.add_mutually_exclusive_group().add_argument
     what = f"adapters of this rank, or of rank {rank}, on all linear layers; None: all weights"
     add("--lora", nargs="?", type=COUNT, const=rank, default=lora, metavar="RANK", help=what)
     full = {"action": "store_const", "const": None, "dest": "lora", "default": argparse.SUPPRESS}
     add("--full", **full, help="all weights, in fp32")
+    add = parser.add_argument_group("checks").add_argument
+    add("--valid", help="JSONL file of held-out records; None: valid.jsonl of stage 1's default --data")
+    add("--dry-run", action="store_true", help="only show options and an example with its loss mask")
     add = parser.add_argument_group("loss: ce-weight · CE + λ · penalty, as in loss.py").add_argument
     add("--lambda", dest="lam", type=WEIGHT, default=1.0, help="λ, weight of the penalty; 0 leaves CE")
     add("--penalty", choices=("squared", "rps", "ntl"), default="squared", help="distance to the true score")
@@ -47,7 +49,6 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
     add("--ce-sum", action="store_true", help="sum CE over a sequence, as the formula; else mean of tokens")
     add = parser.add_argument_group("optimiser").add_argument
     add("--lr", type=WEIGHT, help="peak learning rate of AdamW")
-    add("--epochs", type=COUNT, help="passes over the data")
     add("--batch-size", type=COUNT, help="sequences on the device at a time")
     add("--accumulation", type=COUNT, help="batches an optimiser step")
     add("--warmup", type=SHARE, help="share of the steps with rising learning rate; a cosine follows")
@@ -60,6 +61,13 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
     add_common(parser)
     parser.set_defaults(**defaults, stage=stage, no_cot=False)
     return parser
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    usage = "%(prog)s [options]"  # all of them would be ten lines, at every mistake
+    return argparse.ArgumentParser(
+        usage=usage, description=description, formatter_class=Help, allow_abbrev=False
+    )
 
 
 def asked_for() -> tuple[str, int | None]:
@@ -91,14 +99,13 @@ def make_writing_parser(description: str, model: str, data: str, out: str) -> ar
 
     Its `source_of_cots` is the group of --num-cots and what excludes it.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=Help, allow_abbrev=False)
-    group = parser.add_argument_group("what matters first")
-    add = group.add_argument
+    parser = make_parser(description)
+    add = parser.add_argument  # what matters most comes first, in no group
     add("--model", default=model, help=f"checkpoint folder, hub id or one of {', '.join(hub.MODELS)}")
     add("--data", default=str(ROOT / "data/tiny" / data), help="JSONL file of records")
     add("--out", type=Path, default=Path(out), help="JSONL file to write")
     add("--batch-size", type=COUNT, default=32, help="sequences at a time; halved when memory runs out")
-    parser.source_of_cots = group.add_mutually_exclusive_group()
+    parser.source_of_cots = parser.add_mutually_exclusive_group()
     parser.source_of_cots.add_argument("--num-cots", type=COUNT, default=1, help="CoTs a prompt")
     add = parser.add_argument_group("sampling (the defaults are the paper's)").add_argument
     add("--max-new-tokens", type=COUNT, default=1024, help="tokens; a longer CoT is unfinished")

@@ -10,7 +10,6 @@ disagree, is left out, and counted with the reason.
 """
 
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.prepare_helpers import (
     check_new,
     clean_prompt,
+    is_held_out,
     is_text,
     read_feedback,
     read_hub,
@@ -67,11 +67,6 @@ def instruction_of(row: dict) -> str:
     if not instruction.strip():
         instruction = clean_prompt(row["instruction"])
     return " ".join(instruction.split())
-
-
-def is_held_out(instruction: str, fraction: float, seed: int) -> bool:
-    digest = hashlib.sha256(f"{seed}/{instruction}".encode()).digest()
-    return int.from_bytes(digest[:8]) < fraction * 2**64
 
 
 def main() -> None:
