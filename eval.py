@@ -7,6 +7,7 @@ prediction (CoT-RAIL) and the decoded score. Several files are compared with the
 share and the same resamples. Records without a score, or without a prediction (--renormalise found no mass on
 the grid), are left out and counted. Where records have the `ratings` of several people, each rater, and the
 judge in a rater's place, is compared with the mean of the others. --pairs judges pairs (tract/pairs.py).
+For predict.py --intervals it measures how far a prediction may be off, on records like these (docs/trust.md).
 
     pearson, spearman, kendall, rmse, mae
     spread        standard deviation of the predictions over that of the true scores
@@ -27,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from tract import page, pairs, runs
+from tract import intervals, page, pairs, runs
 from tract.records import InputError, off_grid_line
 from tract.scores import Predictions, describe, draw, print_columns, print_table, read_predictions, write
 
@@ -204,6 +205,7 @@ def compare(files: dict, common: dict[str, Predictions], resamples: int, seed: i
             # Without interval: a resample holds records twice, which are tied with themselves
             entry[kind]["ties"] = ties(np.array([row[kind] for row in file.rows]))
         entry["against_others"] = against_others(file.rows, "prediction")
+        entry["intervals"] = intervals.calibrate(path, file, seed)
         report["files"][path] = entry
     return report
 
@@ -221,6 +223,7 @@ def show(report: dict, common: dict[str, Predictions]) -> None:
         tied = f"likeliest score tied in {entry['tied_likeliest']} records"
         file = common[path]
         print(f"   {unfinished}, {tied}, {off_grid_line(file.rows, file.grid)}")
+        print(f"   {intervals.line(entry['intervals'])}")
     print()
     one_rater = report["one_rater"]
     if one_rater:

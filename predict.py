@@ -9,7 +9,7 @@ the mean over N CoTs, --no-cot reads the score after the prompt (plain RAIL), --
 
 import json
 
-from tract import runs
+from tract import intervals, runs
 from tract.encode import prefix_ids, prompt_ids
 from tract.files import Output, read_data, tokenising, writes_cots
 from tract.options import choose_grid, make_writing_parser
@@ -30,8 +30,10 @@ def main() -> None:
     add("--given", choices=("cot", "cots"), help="score the CoTs in this field, write none")
     add = parser.add_argument_group("prediction").add_argument
     add("--renormalise", action="store_true", help="divide by the mass on the grid")
+    add("--intervals", help="metrics.json of eval.py: adds `low` and `high` (docs/trust.md)")
     args = parser.parse_args()
     args.grid = choose_grid(args)
+    args.intervals = intervals.read(args)
     output = Output(args)
     records = read_data(args, needs=NEEDS[args.given])
     judge = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
@@ -100,6 +102,7 @@ def fields_of(cots: list[Cot], args) -> dict:
         "renormalised": args.renormalise,
         "prediction": prediction,  # the mean of Σ_v p(v) · v over the CoTs
         "decoded": decoded,  # the mean of the likeliest scores
+        **intervals.fields(prediction, args),
     }
 
 

@@ -19,6 +19,7 @@ One JSON object a line, the same fields through all stages; unknown fields are h
     prediction    float, CoT-RAIL: the expected score, averaged over the CoTs; null where it was to be
                   renormalised and there was nothing on the grid
     decoded       float, the most likely score (the mean of several equally likely), averaged over the CoTs
+    low, high     float, 90 % interval around the prediction (--intervals); null where there is none
     ratings       list of numbers, the scores of several raters
     pair, chosen, section, subset, weight
                   str, bool, str, str, number: which pair of responses this is one of, see pairs.py
@@ -35,7 +36,8 @@ from tract.prompt import PARTS, SUFFIX, render_prompt
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
 OFF_GRID = 0.05  # mean off-grid mass above which predictions are not on the scale any more
-PREDICTED = ("score_probs", "off_grid", "renormalised", "prediction", "decoded")  # what predict.py adds
+# What predict.py adds, and what it does not take over from an earlier judge
+PREDICTED = ("score_probs", "off_grid", "renormalised", "prediction", "decoded", "low", "high")
 GRIDS = "as in 1,2,3,4,5 or 1=0,3=50,5=100; for 1 to 10: 1,2,3,4,5,6,7,8,9,0=10 or letters, A=1,B=2,…"
 
 

@@ -84,12 +84,13 @@ def find_grid(path: str, grid: str | None, renormalise: bool) -> tuple[Grid, boo
 
 
 def read_run_json(path: str) -> dict:
-    """Return the arguments in NAME.run.json, if it belongs to this file: `x` and `x.jsonl` have one."""
-    arguments = runs.read_json(Path(f"{path.removesuffix('.jsonl')}.run.json")).get("arguments")
+    """Return arguments and `inputs` in NAME.run.json, if it is of this file: `x` and `x.jsonl` have one."""
+    run = runs.read_json(Path(f"{path.removesuffix('.jsonl')}.run.json"))
+    arguments = run.get("arguments")
     if not isinstance(arguments, dict):
         return {}
     belongs = Path(str(arguments.get("out", path))).name == Path(path).name
-    return arguments if belongs else {}
+    return arguments | {"inputs": run.get("inputs", {})} if belongs else {}
 
 
 def describe(path: str, file: Predictions, common: Predictions) -> dict:

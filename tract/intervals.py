@@ -1,0 +1,95 @@
+"""How far to trust a score: split conformal intervals around it (docs/trust.md). No torch here.
+
+The half-width is the ⌈(n + 1) · level⌉-th smallest |prediction − true score| of n records: an exchangeable
+one, judged in the same way, is off by no more with a probability of at least `level`.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from tract import hub
+from tract.records import Grid, InputError, significant
+from tract.scores import Predictions, read_run_json
+from tract.settings import arguments
+
+WAY = "suffix no_cot given max_new_tokens temperature top_p repetition_penalty".split()  # options that count
+
+
+def half_width(errors: np.ndarray, level: int) -> float | None:
+    """Return the half-width at `level` % by absolute errors (n,); None where they are too few for it."""
+    rank = math.ceil((len(errors) + 1) * level / 100)
+    return float(np.sort(errors)[rank - 1]) if rank <= len(errors) else None
+
+
+def around(predictions: np.ndarray | float, half_width: float, grid: Grid) -> np.ndarray:
+    """Return the ends (2, …) of intervals around predictions (…), kept to the range of the grid."""
+    return np.clip([predictions - half_width, predictions + half_width], grid.values[0], grid.values[-1])
+
+
+def calibrate(path: str, file: Predictions, seed: int) -> dict:
+    """Return the half-widths by all n records, and how those by one half of them fare on the other.
+
+    inside: the share of true scores in their interval; width: its mean. A level that half are too few for is
+    None. way: how these were judged, as far as rows and NAME.run.json say.
+    """
+    rows, grid = file
+    predictions = np.array([row["prediction"] for row in rows], dtype=float)
+    errors = np.abs(predictions - [row["score"] for row in rows])
+    other, half = np.array_split(np.random.default_rng(seed).permutation(len(rows)), 2)
+    run = read_run_json(path)
+    way = {name: run[name] for name in WAY if name in run}
+    way |= {name: value for name, value in run.get("inputs", {}).items() if name != "data"}
+    way |= {"grid": str(grid), "renormalise": rows[0]["renormalised"], "num_cots": len(rows[0]["finished"])}
+    found = {"n": len(rows), "way": way, "80 %": None, "90 %": None}
+    for level in (80, 90):
+        by_half = half_width(errors[half], level)
+        if by_half is not None:
+            low, high = around(predictions[other], by_half, grid)
+            tested = {"inside": float(np.mean(errors[other] <= by_half)), "width": float(np.mean(high - low))}
+            found[f"{level} %"] = {"half_width": half_width(errors, level)} | tested
+    return found
+
+
+def line(found: dict) -> str:
+    """Return what `calibrate` found, in a line."""
+    texts = []
+    for level in ("80 %", "90 %"):
+        text = "too few records"
+        if found[level]:
+            text = "± {half_width:.3g}, on the other half {inside:.1%} inside".format(**found[level])
+        texts.append(f"{level}: {text}")
+    return f"intervals for records like these: {'; '.join(texts)}"
+
+
+def read(args) -> dict | None:
+    """Read --intervals; refuse those of predictions that were made in another way. Raises InputError."""
+    if args.intervals is None:
+        return None
+    name = f"--intervals {args.intervals}"
+    try:
+        (entry,) = hub.read_json(Path(args.intervals))["files"].values()
+        found = entry["intervals"]
+    except (AttributeError, KeyError, ValueError):
+        raise InputError(f"{name}: no metrics.json of one judge; let eval.py make it of one file") from None
+    asked = arguments(args)
+    for group, model in (("model", args.model), ("base", hub.base_of(args.model))):
+        asked |= {f"{group} {part}": value for part, value in hub.identity(model).items()}
+    for option, value in found["way"].items():
+        if asked.get(option) != value and (option, args.given) != ("num_cots", "cots"):
+            what = f"{option} was {value!r:.40}, is {asked.get(option)!r:.40}"
+            raise InputError(f"{name}: {what}; calibrate with predictions made in the same way")
+    if not found["90 %"]:
+        print(f"{name}: {found['n']} records are too few for 90 %: low and high will be null")
+    return found
+
+
+def fields(prediction: float | None, args) -> dict:
+    """Return what --intervals adds to a record: the ends of the 90 % interval, null where there is none."""
+    if args.intervals is None:
+        return {}
+    if prediction is None or not args.intervals["90 %"]:
+        return {"low": None, "high": None}
+    low, high = around(prediction, args.intervals["90 %"]["half_width"], args.grid)
+    return {"low": significant(low), "high": significant(high)}
