@@ -1,0 +1,44 @@
+"""Judge records with a vLLM server: write a CoT, then read the score distribution (see docs/serving.md)."""
+
+import json
+import math
+import sys
+import urllib.request
+
+from transformers import AutoTokenizer
+
+from tract import encode, hub, records, runs
+
+
+def complete(url: str, ids: list[int], **settings) -> dict:
+    """Return what the server writes after token ids. Raises InputError."""
+    body = json.dumps({"model": "judge", "prompt": ids, **settings}).encode()
+    try:
+        request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+        return json.load(urllib.request.urlopen(request))["choices"][0]
+    except OSError as error:
+        raise records.InputError(f"{url}: {error}; is a model named judge served there?") from None
+
+
+def main() -> None:
+    url, folder, data = sys.argv[1:]
+    grid = records.Grid.parse(hub.trained(folder)["grid"], hub.trained(folder)["suffix"])  # of its run.json
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    _, score_ids = encode.score_tokens(tokenizer, grid)
+    stop = grid.suffix.strip()
+    # All that a model's generation_config.json might set otherwise
+    sampling = {"temperature": 1, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.03, "max_tokens": 1024}
+    wanted = {"logprobs": 1, "logprob_token_ids": score_ids, "return_tokens_as_token_ids": True}
+    for record in records.read_records(data, grid):
+        prompt = encode.prompt_ids(tokenizer, record["prompt"])
+        cot = complete(url, prompt, stop=stop, **sampling)
+        ids = encode.prefix_ids(tokenizer, prompt, cot["text"], grid)  # prompt, CoT, suffix: as in training
+        found = complete(url, ids, max_tokens=1, **wanted)["logprobs"]["top_logprobs"][0]
+        probs = [math.exp(found[f"token_id:{id}"]) for id in score_ids]  # over the whole vocabulary
+        record["prediction"], record["decoded"] = records.predicted([probs], grid)
+        record |= {"cots": [cot["text"]], "finished": [cot["stop_reason"] == stop]}
+        record |= {"score_probs": [probs], "off_grid": [1 - sum(probs)], "grid": str(grid)}
+        print(runs.to_line(record), end="", flush=True)
+
+
+runs.run(main)
