@@ -121,6 +121,17 @@ def make_writing_parser(description: str, model: str, data: str, out: str) -> ar
     return parser
 
 
+def make_judging_parser(description: str) -> argparse.ArgumentParser:
+    """Make the options of predict.py, which Judge has as well."""
+    parser = make_writing_parser(description, "out/stage2", "test.jsonl", "out/predictions.jsonl")
+    add = parser.source_of_cots.add_argument  # the group of --num-cots: they exclude each other
+    add("--no-cot", action="store_true", help="write no CoT: plain RAIL")
+    add("--given", choices=("cot", "cots"), help="score the CoTs in this field, write none")
+    add = parser.add_argument_group("prediction").add_argument
+    add("--renormalise", action="store_true", help="divide by the mass on the grid")
+    return parser
+
+
 def shard(text: str) -> tuple[int, int]:
     """Parse --shard: 2/8 is the second of eight shares."""
     number, shares = map(int, text.split("/"))
