@@ -17,7 +17,7 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
 
     defaults: model → default of each option; those of "any other" are for models that it does not name.
     """
-    seed, adapter_rank = asked_for()  # p_s gets the defaults of its seed (A.4)
+    seed, adapter_rank, four_bit = asked_for()  # p_s gets the defaults of its seed (A.4)
     defaults = defaults_of(seed, defaults).copy()
     data = str(ROOT / defaults.pop("data"))
     lora = defaults.pop("lora")
@@ -32,6 +32,8 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
     add("--data", default=data if stage == 1 else "out/cots.jsonl", help="JSONL file of records")
     add("--out", type=Path, default=Path(f"out/stage{stage}"), help="folder of the checkpoint")
     add("--epochs", type=COUNT, help="passes over the data")
+    what = "with --lora: keep the base in 4 bits (NF4, needs bitsandbytes)"
+    add("--4bit", dest="four_bit", action="store_true", default=four_bit, help=what)
     add = parser.add_mutually_exclusive_group().add_argument
     what = f"adapters of this rank, or of rank {rank}, on all linear layers; None: all weights"
     add("--lora", nargs="?", type=COUNT, const=rank, default=lora, metavar="RANK", help=what)
@@ -70,8 +72,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
 
 
-def asked_for() -> tuple[str, int | None]:
-    """Return the seed of the --model on the command line, and the rank of its adapters, if it has any."""
+def asked_for() -> tuple[str, int | None, bool]:
+    """Return the seed of the --model asked for, the rank of its adapters, and if their base is in 4 bits."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", default=models.TINY_SEED)
     parser.add_argument("--help", "-h", action="store_true")  # which shall not wait for the hub
@@ -80,8 +82,9 @@ def asked_for() -> tuple[str, int | None]:
         run = hub.trained(asked.model, offline=asked.help)  # of its run.json; {} for models of others
         adapter = hub.read(asked.model, "adapter_config.json", offline=asked.help)
     except InputError:  # which is reported when the options are read
-        return asked.model, None
-    return run.get("model", asked.model), adapter.get("r")
+        return asked.model, None, False
+    four_bit = bool(adapter and run.get("four_bit"))  # which its adapters are used to
+    return run.get("model", asked.model), adapter.get("r"), four_bit
 
 
 def defaults_of(model: str, defaults: dict[str, dict]) -> dict:

@@ -27,6 +27,8 @@ class Engine:
         except ImportError as error:
             remedy = "pip install vllm, in an environment of its own, then requirements.txt without torch"
             raise InputError(f"--engine vllm: {error}; {remedy}") from None
+        if hub.is_four_bit(name):
+            raise InputError(f"{name}: was trained on a base in 4 bits; use --engine torch")
         base = hub.base_of(name)
         self.adapter = None
         if base:
