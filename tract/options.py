@@ -32,8 +32,6 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
     add("--data", default=data if stage == 1 else "out/cots.jsonl", help="JSONL file of records")
     add("--out", type=Path, default=Path(f"out/stage{stage}"), help="folder of the checkpoint")
     add("--epochs", type=COUNT, help="passes over the data")
-    what = "with --lora: keep the base in 4 bits (NF4, needs bitsandbytes)"
-    add("--4bit", dest="four_bit", action="store_true", default=four_bit, help=what)
     add = parser.add_mutually_exclusive_group().add_argument
     what = f"adapters of this rank, or of rank {rank}, on all linear layers; None: all weights"
     add("--lora", nargs="?", type=COUNT, const=rank, default=lora, metavar="RANK", help=what)
@@ -57,6 +55,8 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
     add("--weight-decay", type=WEIGHT, help="of weight matrices")
     add("--clip", type=WEIGHT, default=1.0, help="largest norm of the gradient; 0: any")
     add("--fsdp", action="store_true", help="under torchrun: spread weights, gradients and AdamW (--full)")
+    what = "with --lora: keep the base in 4 bits (NF4, needs bitsandbytes)"
+    add("--4bit", dest="four_bit", action="store_true", default=four_bit, help=what)
     recompute = argparse.BooleanOptionalAction
     add("--gradient-checkpointing", action=recompute, help="recompute activations: slower, far less memory")
     add("--save-every", type=COUNT, default=200, help="steps after which the state is saved, to go on from")
