@@ -23,6 +23,7 @@ from tract.examples import (
     check_options,
     fetch_data,
     plan_epoch,
+    print_memory,
     read_examples,
     say_what_lambda_weighs,
     show_example,
@@ -232,10 +233,12 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     if training.finish_if_whole(part_folder, args.out):
         return
     torch.manual_seed(args.seed)
-    model = models.load_for_training(args.model, args.lora, args.gradient_checkpointing, args.bf16)
+    model = models.load_for_training(
+        args.model, args.lora, args.gradient_checkpointing, args.bf16, args.four_bit
+    )
     if args.fsdp:
         ranks.spread(model)
-    models.print_memory(model)
+    print_memory(model)
     loss_options = models.score_tensors(score_ids, args.grid)  # score_ids and score_values
     for name in ("lam", "penalty", "ce_weight", "score_ce", "score_weight", "ce_sum"):
         loss_options[name] = getattr(args, name)

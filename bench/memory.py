@@ -1,5 +1,6 @@
 """Estimate the memory that training takes: does a model fit?
 
+    python bench/memory.py --model mistral-7b --4bit
     python bench/memory.py --model mistral-7b --full --batch-size 4 --length 2000
     python bench/memory.py --fit             # a table of the 7B and 8B models
     python bench/memory.py --measure         # against measurements; ten minutes
@@ -22,19 +23,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import stage1_train
 from results.tables import table
-from tract import models, runs
+from tract import hub, models, runs
 from tract.encode import Example
 from tract.options import make_training_parser
-from tract.records import Grid
+from tract.records import Grid, InputError
 
 SHAPES = {  # transformers' defaults are those of Mistral-7B; no hub is needed for these
     "mistral-7b": MistralConfig(),
     "llama-3.1-8b": LlamaConfig(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8),
 }
+FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight in NF4, of its block's scale, of that one's
 SMALL = {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 8, "num_attention_heads": 8}
 
 
-def estimate(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, checkpointing: bool) -> dict:
+def estimate(
+    config, lora: int | None, batch: tuple[int, int, int], bf16: bool, checkpointing: bool, four_bit=False
+) -> dict:
     """Return the bytes at the peak of a step, by what takes them, for blocks like those of Llama and Mistral.
 
     Such a block has RMSNorm, a gated MLP, and attention that stores no matrix of scores. lora: the rank, None
@@ -66,14 +70,18 @@ def estimate(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, 
     # The logits of a part in fp32, their log-softmax and its gradient; the head in bf16
     rows = min(sequences * supervised, max(1, stage1_train.MAX_LOGITS // config.vocab_size))
     working = 12 * rows * config.vocab_size + (2 * config.vocab_size * h if bf16 and not lora else 0)
-    if checkpointing:
-        working = max(working, sequences * length * block)
+    recomputed = sequences * length * block if checkpointing else 0
+    weights = parameters * (compute if lora else 4) + (4 * trained if lora else 0)
+    if four_bit:
+        sizes = [m.weight.numel() for m in linear]
+        weights -= (compute - FOUR_BITS) * sum(sizes)
+        recomputed += compute * max(sizes)  # the layer that is being multiplied is unpacked
     return {
-        "weights": parameters * (compute if lora else 4) + (4 * trained if lora else 0),
+        "weights": weights,
         "gradients": 4 * trained,
         "AdamW": 8 * trained,
         "activations": kept,
-        "logits or a recomputed block": working,
+        "logits or a recomputed block": max(working, recomputed),
     }
 
 
@@ -104,7 +112,7 @@ def measure(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, c
     """Return the measured bytes at the peak of two steps of two such batches in stage 1's loop."""
     args, window, loss_options = random_step(config, batch, bf16)
 
-    def load(name: str, dtype: torch.dtype, trainable: bool):
+    def load(name: str, dtype: torch.dtype, **options):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).to(models.device())
 
     def run() -> None:
@@ -151,19 +159,21 @@ def main() -> None:
         return fit()
     if args.measure:
         return compare()
+    if args.four_bit and not args.lora:
+        raise InputError("--4bit: is for --lora")
     try:
-        name = models.resolve(models.base_of(args.model) or args.model)
+        name = hub.resolve(hub.base_of(args.model) or args.model)
         config = SHAPES.get(args.model) or AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise models.cant(args.model, "its config can't be read", error) from None
+        raise hub.refusal(args.model, error) from None
     batch = (args.batch_size, args.length, args.supervised)
-    parts = estimate(config, args.lora, batch, True, args.gradient_checkpointing)
+    parts = estimate(config, args.lora, batch, True, args.gradient_checkpointing, args.four_bit)
     total = sum(parts.values()) / 2**30
     print(f"{args.model}: {total:.2f} GiB at the peak of a step")
     for part, size in parts.items():
         print(f"{size / 2**30:8.2f} {part}")
     # 1.5 GiB for CUDA and its allocator is a guess
-    gpus = (f"a GPU of {size} GiB" for size in (16, 24, 40, 48, 80, 141) if size >= total + 1.5)
+    gpus = (f"a GPU of {size} GiB" for size in (8, 12, 16, 24, 40, 48, 80, 141) if size >= total + 1.5)
     print(f"fits {next(gpus, 'no GPU of up to 141 GiB')}")
 
 

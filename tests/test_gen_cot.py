@@ -7,14 +7,13 @@ import pytest
 import torch
 
 import gen_cot
-import predict
 import stage1_train
 from loss import Rail, rail
 from tract import batch, models, options, writing
 from tract.encode import prefix_ids, prompt_ids, target_ids
 from tract.models import TINY_SEED
 from tract.records import SUFFIX, Grid
-from tract.writing import Judge, load_judge, sample
+from tract.writing import Loaded, load_judge, sample
 
 GRID, COT = Grid(), "The answer is good."
 PROMPTS = ["Is it good?", "Is this a much longer prompt, so that others are padded on the left?", "Why?"]
@@ -27,13 +26,13 @@ def how(**more):
 
 
 @torch.no_grad()
-def plain(judge: Judge, ids: list[int]) -> tuple[torch.Tensor, Rail]:
+def plain(judge: Loaded, ids: list[int]) -> tuple[torch.Tensor, Rail]:
     """Return logits and the last score distribution by a pass with no cache and no padding."""
     logits = judge.model(torch.tensor([ids])).logits[0]
     return logits, rail(logits[-1], **judge.scores)
 
 
-def judged(lab, judge: Judge, data: Path, *options) -> list[dict]:
+def judged(lab, judge: Loaded, data: Path, *options) -> list[dict]:
     """Run predict.py and compare all distributions with a plain pass over prompt, CoT and suffix."""
     out = lab.path / f"{len(list(lab.path.iterdir()))}.jsonl"
     lab.run("predict", "--model", lab.path / "seed", "--data", data, "--out", out, *options)
@@ -111,14 +110,14 @@ SPELLED += [("gpt2_tokenizer", False), ("gpt2_tokenizer", True)]
 @pytest.mark.parametrize("name, spelled", SPELLED)
 def test_a_cot_that_reaches_its_suffix_comes_with_its_scores(name, spelled, request, lab, monkeypatch):
     """Read it again where training would encode it otherwise, as where it is spelled letter by letter."""
-    tokenizer, score, read = request.getfixturevalue(name), predict.score, []
+    tokenizer, score, read = request.getfixturevalue(name), writing.score, []
     judge = load_judge(str(lab.checkpoint(tokenizer)), GRID, False)
     ids = target_ids(tokenizer, COT, "1", SUFFIX)[:-1]
     if spelled:
         ids = [tokenizer(letter).input_ids[0] for letter in COT] + judge.suffix_ids
     steps = iter([*ids, 7])  # whatever the random numbers, these are written; and one step for the scores
     monkeypatch.setattr(writing, "sample", lambda logits, *_: torch.full((len(logits),), next(steps)))
-    monkeypatch.setattr(predict, "score", lambda judge, texts: read.extend(texts) or score(judge, texts))
+    monkeypatch.setattr("tract.judge.score", lambda judge, texts: read.extend(texts) or score(judge, texts))
     rows = judged(lab, judge, lab.write("test.jsonl", ROWS))
     assert [(row["cots"], row["finished"]) for row in rows] == [([COT], [True])] * 3
     assert len(read) == (3 if spelled else 0) and not list(steps)
@@ -166,9 +165,9 @@ def test_a_cot_of_broken_characters_fits_the_positions(gpt2_tokenizer, lab, monk
 
 
 def test_a_record_without_mass_on_the_grid_is_marked_and_counted(lab, monkeypatch):
-    score = predict.score
+    score = writing.score
     nothing = Rail(0.0, 1.0, [0.0] * 5)
-    monkeypatch.setattr(predict, "score", lambda *given: [nothing, *score(*given)[1:]])
+    monkeypatch.setattr("tract.judge.score", lambda *given: [nothing, *score(*given)[1:]])
     judge = ["predict", "--model", TINY_SEED, "--data", lab.write("few.jsonl", lab.rows[:3]), "--no-cot"]
     lab.run(*judge, "--renormalise", "--out", lab.path / "judged.jsonl")
     said, rows = lab.capsys.readouterr().out, lab.read("judged.jsonl")

@@ -8,10 +8,12 @@ import subprocess
 import pytest
 from conftest import ROOT
 
+from tract.judge import Judge
 from tract.models import TINY_SEED
+from tract.records import InputError
 
 
-def test_own_records_go_through_every_stage_on_another_grid(mistral_tokenizer, lab):
+def test_own_records_go_through_every_stage_on_another_grid(mistral_tokenizer, lab, monkeypatch):
     """Judge instruction, response and rubric on 0 to 100, after words other than ours."""
     seed, path = ["--model", lab.checkpoint(mistral_tokenizer)], lab.path
     rows = [{"instruction": f"Say {i}.", "response": "ha " * 9**i, "rubric": "Is it said?"} for i in range(4)]
@@ -38,6 +40,12 @@ def test_own_records_go_through_every_stage_on_another_grid(mistral_tokenizer, l
     assert (
         "was trained with CoTs, needs one" in lab.fail(*judge[:-2], "--no-cot", "--out", path / "x.jsonl")[1]
     )
+    monkeypatch.chdir("/")
+    from_python = Judge(path / "p_tract", max_new_tokens=12, num_cots=2, renormalise=True)
+    assert from_python(rows) == judged and from_python(**rows[2], id="3") == judged[2]
+    assert (
+        Judge(path / "p_tract", num_cots=2, seed=1, max_new_tokens=12)(rows)[0]["cots"] != judged[0]["cots"]
+    )
     for option in (["--suffix", "Score:"], ["--grid", "1,5"]):
         code, said = lab.fail(*judge, "--out", path / "x.jsonl", *option)
         assert code == 2 and "was trained on 1=0,3=50,5=100 after '[RESULT]'" in said
@@ -58,12 +66,30 @@ def test_without_cot_from_training_to_prediction(lab):
     for row in lab.read("p.jsonl"):
         expected = sum(p * score for score, p in enumerate(row["score_probs"][0], 1))
         assert row["cots"] == [""] and row["prediction"] == pytest.approx(expected, abs=1e-6)
+    assert Judge(lab.path / "raft")(rows) == lab.read("p.jsonl")
 
 
 def test_the_page_of_options_judges_from_python(monkeypatch):
     monkeypatch.chdir(ROOT)
     failed, run = doctest.testfile(str(ROOT / "docs/options.md"), module_relative=False)
-    assert run == 12 and not failed
+    assert run == 6 and not failed
+
+
+OWN = {"instruction": "Say 1.", "response": "1", "rubric": "Is it said?"}
+REFUSED = [  # records, options, message
+    ([OWN, {"instruction": "Say 1."}], {}, "record 2: field 'response' is missing"),
+    ([OWN, OWN | {"response": b"1"}], {}, "record 2: not JSON (Object of type bytes"),
+    ([OWN, OWN | {"instruction": "7 " * 300}], {}, "record 2: has 422 tokens, more than 248; shorten it"),
+    ([OWN], {"given": "cots"}, "record 1: field 'cots' is missing"),
+    ([OWN], {"num_cots": 0}, "--num-cots: 0 is not between 1"),
+    ([OWN], {"out": "x.jsonl"}, "no option out; there are batch_size, bf16"),
+]
+
+
+@pytest.mark.parametrize("rows, options, message", REFUSED, ids=[message for *_, message in REFUSED])
+def test_what_can_not_be_judged_from_python_is_named_by_its_number(rows, options, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        Judge(TINY_SEED, **options)(rows)
 
 
 COTS = {"id": "a", "prompt": "p", "cot": "c", "score": 3, "cots": ["c"], "finished": [True]}

@@ -50,7 +50,7 @@ BAD_LINES = {  # what the message says → second lines of a file
     "not a number above 0": [NEXT | {"weight": x} for x in (0, -1, "1", [1], True)],
     "'renormalised' is 1, not true or false": [JUDGED | {"id": "b", "renormalised": 1}],
     "'prediction' is missing": [JUDGED | {"id": "b", "prediction": None, "renormalised": False}],
-    "id 'a' was already used in line 1": [GOOD],
+    "id 'a' was already used in": [GOOD],
     "this stage needs id, prompt, cot, score; or instruction, response and rubric": [{"id": "b"}],
     "'cot' holds 'So the overall score is'; end it before": [NEXT | {"cot": f"Bad.{SUFFIX}1"}],
     "lies outside the grid (1 to 5)": [NEXT | {"score": 0.99}, NEXT | {"score": 5.01}],
@@ -152,7 +152,7 @@ def test_what_is_not_read_is_not_checked_and_ids_may_be_numbers(lab):
     rows = [GOOD | unread | {"id": 7}, NEXT | {"cot": "", "pair": 3, "weight": None, "ratings": None}]
     first, second = read_records(lab.write("rows.jsonl", rows), Grid(), ("id", "prompt"))
     assert first == GOOD | unread | {"id": "7"} and second == NEXT | {"cot": "", "pair": "3"}
-    with pytest.raises(InputError, match="2: id '7' was already used in line 1"):
+    with pytest.raises(InputError, match=r"2: id '7' was already used in .*same.jsonl:1;"):
         read_records(lab.write("same.jsonl", [GOOD | {"id": 7}, GOOD | {"id": "7"}]), Grid())
     judged = [JUDGED | {"prompt": None, "response": "unseen", "prediction": None, "renormalised": True}]
     need = [field for field in JUDGED if field not in GOOD]

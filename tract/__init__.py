@@ -5,6 +5,7 @@ records.py      the JSONL record and its score grid; checks.py: what is refused 
 prompt.py       the judge prompt for records that bring none
 models.py       load a model, run decoder and head; hub.py: where its files are; adapters.py: LoRA and others
 writing.py      write CoTs and read scores: the loop, sampling; batch.py: its cache and padding
+judge.py        a judge from Python, and what predict.py shares with it
 files.py        JSONL in, JSONL out, going on where it was cut off
 options.py      the options of the scripts, and their defaults
 runs.py         what a run leaves behind, and how it ends; settings.py: what decides its result

@@ -1,9 +1,11 @@
-"""PEFT adapters: load one, add LoRA, merge one into its base. Skip this file at first."""
+"""PEFT adapters: load one, add LoRA, merge one into its base, a base in 4 bits. Skip this file at first."""
 
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from transformers import BitsAndBytesConfig
 
 from tract.hub import one_line, place_of, refusal
 from tract.records import InputError
@@ -56,3 +58,22 @@ def merge(name: str, model):
     except Exception as error:  # not all types can
         what = "its adapter can't be merged; train it with --lora"
         raise InputError(f"{name}: {what} ({one_line(error)})") from None
+
+
+def four_bit_options(four_bit: bool, dtype: torch.dtype) -> dict:
+    """Return what from_pretrained takes for a base in 4 bits; nothing where it is not. Raises InputError.
+
+    This is QLoRA's NF4 (arXiv 2305.14314), 4.13 bits a weight of a linear layer; embeddings and head keep
+    their dtype, and products are computed in it.
+    """
+    if not four_bit:
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise InputError("--4bit: a base in 4 bits needs bitsandbytes; pip install bitsandbytes")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config}

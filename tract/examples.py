@@ -1,6 +1,7 @@
 """What comes before a training: fitting options, data, examples, a plan of its steps. Skip this at first."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from tract import hub, models, ranks, runs
+from tract.adapters import four_bit_options
 from tract.encode import Example, encode
 from tract.records import InputError, read_records
 
@@ -20,6 +22,9 @@ def check_options(args) -> None:
         raise InputError("--fsdp: spreads all weights (--full) over the processes that torchrun starts")
     if args.score_weight is not None and args.score_ce == "none":
         raise InputError("--score-weight: with --score-ce none there is no CE to weigh; leave one away")
+    if args.four_bit and not args.lora:
+        raise InputError("--4bit: weights in 4 bits can't be trained, adapters on them can; add --lora")
+    four_bit_options(args.four_bit, torch.float32)  # is the library there?
     rank = hub.read(args.model, "adapter_config.json").get("r", args.lora)
     if args.lora and args.lora != rank:
         raise InputError(f"--lora {args.lora}: {args.model} has adapters of rank {rank}; leave that away")
@@ -96,6 +101,7 @@ def fetch_data(args, path: Path) -> None:
     ranks.join()
     if not path.is_file():  # look at the rest first
         runs.check_out(args)
+        check_options(args)
         models.load_tokenizer(args.model)
         prepare = path.with_name("prepare.py")
         if not ranks.rank():
@@ -104,3 +110,18 @@ def fetch_data(args, path: Path) -> None:
             if code:
                 raise SystemExit(code)
     ranks.wait()
+
+
+def print_memory(model) -> None:
+    """Print what training takes for sure on this device, and what the device has."""
+    takes = 0
+    for weight in model.parameters():
+        here = weight.to_local() if ranks.is_spread(weight) else weight
+        bytes_each = here.element_size() + (12 if weight.requires_grad else 0)  # gradient and two moments
+        takes += here.numel() * bytes_each
+    if torch.cuda.is_available():
+        has = torch.cuda.mem_get_info()[1]
+    else:
+        has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    print(f"memory: weights, gradients and AdamW take {takes / 2**30:.2f} GiB, activations more;", end=" ")
+    print(f"{models.device()} has {has / 2**30:.2f} GiB (bench/memory.py estimates the whole)")

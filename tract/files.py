@@ -17,7 +17,7 @@ from tract import hub, runs
 from tract.encode import thinking_setting
 from tract.records import PREDICTED, InputError, read_records
 from tract.runs import Fault
-from tract.writing import Judge
+from tract.writing import Loaded
 
 CHUNK = 8  # batches' worth of prompts that are judged together, and then written to OUT.part
 
@@ -26,8 +26,14 @@ def writes_cots(args) -> bool:
     return not args.no_cot and not args.given
 
 
-def read_data(args, needs: tuple[str, ...]) -> list[dict]:
-    """Read the records of --data, or a share of them; check all that needs no weights. Raises InputError."""
+def longest_prompt(judge: Loaded, args) -> int:
+    """Return how many tokens can be read: --max-length, or less where the model has fewer positions."""
+    reserve = len(judge.suffix_ids) + 3 if writes_cots(args) else 0  # a token, suffix and score
+    return min(args.max_length, judge.tokenizer.positions - reserve)
+
+
+def check_options(args) -> None:
+    """Refuse options that do not go together with each other or with the model. Raises InputError."""
     if args.engine_args and args.engine != "vllm":
         raise InputError("--engine-args: are for --engine vllm")
     trained = hub.trained(args.model)
@@ -35,10 +41,15 @@ def read_data(args, needs: tuple[str, ...]) -> list[dict]:
         raise InputError(f"{args.model}: was trained without CoTs, knows none; use predict.py --no-cot")
     if trained and args.no_cot and not trained.get("no_cot"):
         raise InputError(f"{args.model}: was trained with CoTs, needs one; leave --no-cot away")
+
+
+def read_data(args, needs: tuple[str, ...]) -> list[dict]:
+    """Read the records of --data, or a share of them; check all that needs no weights. Raises InputError."""
+    check_options(args)
     records = read_records(args.data, args.grid, needs)
     suffix = args.grid.suffix.strip()
     asks_for_result = "[RESULT]" in records[0]["prompt"] and "[RESULT]" not in suffix
-    if asks_for_result and writes_cots(args) and not trained:
+    if asks_for_result and writes_cots(args) and not hub.trained(args.model):
         print(f"{args.data}: prompts ask for [RESULT], CoTs are to end in '{suffix}': --suffix '[RESULT]'?")
     if args.shard is None:
         return records
@@ -71,10 +82,9 @@ class Output:
         self.args = args
         self.at_once = args.batch_size  # sequences
 
-    def begin(self, judge: Judge, records: list[dict], lengths: dict[str, int]) -> None:
+    def begin(self, judge: Loaded, records: list[dict], lengths: dict[str, int]) -> None:
         """Leave out what is longer (in tokens) than fits; find what is finished. Raises InputError."""
-        reserve = len(judge.suffix_ids) + 3 if writes_cots(self.args) else 0  # a token, suffix and score
-        self.longest = min(self.args.max_length, judge.tokenizer.positions - reserve)
+        self.longest = longest_prompt(judge, self.args)
         self.too_long = [id for id, length in lengths.items() if length > self.longest]
         self.records = [record for record in records if lengths[record["id"]] <= self.longest]
         if not self.records:

@@ -116,6 +116,11 @@ def trained(name: str, offline: bool = False) -> dict:
     return arguments if ours else {}
 
 
+def is_four_bit(name: str) -> bool:
+    """Tell whether a model is an adapter that was trained here on a base in 4 bits, and so needs that."""
+    return bool(trained(name).get("four_bit") and read(name, "adapter_config.json"))
+
+
 def base_of(name: str) -> str | None:
     """Return the base of an adapter; None for any other model. Raises InputError where that is no base."""
     config = read(name, "adapter_config.json")

@@ -1,6 +1,5 @@
 """Load a model and its tokenizer, run its decoder and head; refuse what these can't follow. Skip at first."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -9,10 +8,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
-from tract.adapters import add_lora, load_adapter, merge
+from tract.adapters import add_lora, four_bit_options, load_adapter, merge
 from tract.encode import prompt_ids
-from tract.hub import base_of, folder_of, one_line, place_of, refusal, resolve
-from tract.ranks import is_spread, refuse_dropout
+from tract.hub import base_of, folder_of, is_four_bit, one_line, place_of, refusal, resolve
+from tract.ranks import refuse_dropout
 from tract.records import ROOT, Grid, InputError
 
 logging.set_verbosity_error()  # its tracebacks and hints would bury our one line
@@ -63,13 +62,17 @@ def check_ids(name: str, tokenizer, config) -> None:
         raise InputError(f"{name}: {what}; give it the tokenizer and the pad_token_id that it came with")
 
 
-def load_model(name: str, dtype: torch.dtype, trainable: bool = False):
-    """Load a causal language model, or an adapter (in fp32) on its base, in eval mode. Raises InputError."""
+def load_model(name: str, dtype: torch.dtype, trainable: bool = False, four_bit: bool = False):
+    """Load a causal language model, or an adapter (in fp32) on its base, in eval mode. Raises InputError.
+
+    four_bit: the base in 4 bits, as that of an adapter which was trained so always is.
+    """
     base = base_of(name)
     if base:
-        model = load_adapter(name, load_model(base, dtype), trainable)
+        base_model = load_model(base, dtype, four_bit=four_bit or is_four_bit(name))
+        model = load_adapter(name, base_model, trainable)
     else:
-        model = load_base(name, dtype)
+        model = load_base(name, dtype, four_bit)
     try:
         check_model(name, model)
     except InputError:
@@ -82,9 +85,10 @@ def load_model(name: str, dtype: torch.dtype, trainable: bool = False):
     return model
 
 
-def load_base(name: str, dtype: torch.dtype):
+def load_base(name: str, dtype: torch.dtype, four_bit: bool):
     """Load a model with all its weights. Raises InputError."""
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options |= four_bit_options(four_bit, dtype)
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(resolve(name), **options)
         model = model.to(device()).eval()
@@ -93,6 +97,8 @@ def load_base(name: str, dtype: torch.dtype):
     missing = sorted(loaded["missing_keys"])
     if missing:
         raise InputError(f"{name}: lacks weights ({', '.join(missing[:3])}); give a causal language model")
+    if four_bit and not any(type(module).__name__ == "Linear4bit" for module in model.modules()):
+        raise InputError(f"{name}: has no layer that could be in 4 bits; leave --4bit away")
     return model
 
 
@@ -156,13 +162,17 @@ def score_logits(model, hidden_states: Tensor, score_ids: Tensor) -> Tensor:
     return logits
 
 
-def load_for_training(name: str, lora_rank: int | None, checkpointing: bool, bf16: bool):
+def load_for_training(
+    name: str, lora_rank: int | None, checkpointing: bool, bf16: bool, four_bit: bool = False
+):
     """Load a model with what is to be trained in fp32: at lr 1e-5, weights in bf16 would not move at all.
 
     lora_rank: train adapters on a frozen base, kept in bf16 if `bf16`; an adapter folder goes on with its
     own. None: train all weights, an adapter's added to its base's. checkpointing: recompute activations.
+    four_bit: keep the linear layers of the base in 4 bits.
     """
-    model = load_model(name, torch.bfloat16 if lora_rank and bf16 else torch.float32, trainable=True)
+    dtype = torch.bfloat16 if lora_rank and bf16 else torch.float32
+    model = load_model(name, dtype, trainable=True, four_bit=four_bit)
     is_adapter = hasattr(model, "peft_config")
     if lora_rank is None and is_adapter:
         model = merge(name, model)
@@ -181,18 +191,3 @@ def load_for_training(name: str, lora_rank: int | None, checkpointing: bool, bf1
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
-
-
-def print_memory(model) -> None:
-    """Print what training takes for sure on this device, and what the device has."""
-    takes = 0
-    for weight in model.parameters():
-        here = weight.to_local() if is_spread(weight) else weight
-        bytes_each = here.element_size() + (12 if weight.requires_grad else 0)  # gradient and two moments
-        takes += here.numel() * bytes_each
-    if torch.cuda.is_available():
-        has = torch.cuda.mem_get_info()[1]
-    else:
-        has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    print(f"memory: weights, gradients and AdamW take {takes / 2**30:.2f} GiB, activations more;", end=" ")
-    print(f"{device()} has {has / 2**30:.2f} GiB (bench/memory.py estimates the whole)")

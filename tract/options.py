@@ -17,7 +17,7 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
 
     defaults: model → default of each option; those of "any other" are for models that it does not name.
     """
-    seed, adapter_rank = asked_for()  # p_s gets the defaults of its seed (A.4)
+    seed, adapter_rank, four_bit = asked_for()  # p_s gets the defaults of its seed (A.4)
     defaults = defaults_of(seed, defaults).copy()
     data = str(ROOT / defaults.pop("data"))
     lora = defaults.pop("lora")
@@ -55,6 +55,8 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
     add("--weight-decay", type=WEIGHT, help="of weight matrices")
     add("--clip", type=WEIGHT, default=1.0, help="largest norm of the gradient; 0: any")
     add("--fsdp", action="store_true", help="under torchrun: spread weights, gradients and AdamW (--full)")
+    what = "with --lora: keep the base in 4 bits (NF4, needs bitsandbytes)"
+    add("--4bit", dest="four_bit", action="store_true", default=four_bit, help=what)
     recompute = argparse.BooleanOptionalAction
     add("--gradient-checkpointing", action=recompute, help="recompute activations: slower, far less memory")
     add("--save-every", type=COUNT, default=200, help="steps after which the state is saved, to go on from")
@@ -70,8 +72,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
 
 
-def asked_for() -> tuple[str, int | None]:
-    """Return the seed of the --model on the command line, and the rank of its adapters, if it has any."""
+def asked_for() -> tuple[str, int | None, bool]:
+    """Return the seed of the --model asked for, the rank of its adapters, and if their base is in 4 bits."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", default=models.TINY_SEED)
     parser.add_argument("--help", "-h", action="store_true")  # which shall not wait for the hub
@@ -80,8 +82,9 @@ def asked_for() -> tuple[str, int | None]:
         run = hub.trained(asked.model, offline=asked.help)  # of its run.json; {} for models of others
         adapter = hub.read(asked.model, "adapter_config.json", offline=asked.help)
     except InputError:  # which is reported when the options are read
-        return asked.model, None
-    return run.get("model", asked.model), adapter.get("r")
+        return asked.model, None, False
+    four_bit = bool(adapter and run.get("four_bit"))  # which its adapters are used to
+    return run.get("model", asked.model), adapter.get("r"), four_bit
 
 
 def defaults_of(model: str, defaults: dict[str, dict]) -> dict:
@@ -118,6 +121,18 @@ def make_writing_parser(description: str, model: str, data: str, out: str) -> ar
     add("--engine-args", nargs="+", type=setting, default=[], metavar="KEY=VALUE", help="for vLLM's LLM(...)")
     add_common(parser)
     parser.set_defaults(no_cot=False, given=None)  # predict.py has these options, gen_cot.py has not
+    return parser
+
+
+def make_judging_parser(description: str) -> argparse.ArgumentParser:
+    """Make the options of predict.py, which Judge has as well."""
+    parser = make_writing_parser(description, "out/stage2", "test.jsonl", "out/predictions.jsonl")
+    add = parser.source_of_cots.add_argument  # the group of --num-cots: they exclude each other
+    add("--no-cot", action="store_true", help="write no CoT: plain RAIL")
+    add("--given", choices=("cot", "cots"), help="score the CoTs in this field, write none")
+    add = parser.add_argument_group("prediction").add_argument
+    add("--renormalise", action="store_true", help="divide by the mass on the grid")
+    add("--intervals", help="metrics.json of eval.py: adds `low` and `high` (docs/trust.md)")
     return parser
 
 

@@ -139,30 +139,35 @@ def read_records(path: str | Path, grid: Grid, need: Iterable[str] = ("id", "pro
         raise InputError(f"{path}: no file but a folder or a pipe, which is read once; write it into a file")
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; give a JSONL file of records (data/*/prepare.py make some)")
-    need = tuple(need)
-    records = []
-    line_of = {}  # id → number of its line
     with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            record = tidy(parse_line(line, where), number)
-            if "prompt" in need and record.get("prompt") is None and any(record.get(x) for x in PARTS):
-                try:
-                    record["prompt"] = render_prompt(record, grid)
-                except ValueError as error:
-                    raise InputError(f"{where}: {error}") from None
-            wrong = check_record(record, grid, need)
-            if wrong:
-                raise InputError(f"{where}: {wrong}")
-            earlier = line_of.setdefault(record["id"], number)
-            if earlier != number:
-                what = f"id {record['id']!r} was already used in line {earlier}"
-                raise InputError(f"{where}: {what}; change one")
-            records.append(record)
+        records = records_of(lines, f"{path}:", grid, tuple(need))
     if not records:
         raise InputError(f"{path}: no records in it; was it cut off while being made?")
+    return records
+
+
+def records_of(lines: Iterable[bytes], place: str, grid: Grid, need: tuple[str, ...]) -> list[dict]:
+    """Parse and check lines of JSON, render prompts. Raises InputError, which names place and number."""
+    records = []
+    line_of = {}  # id → number of its line
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{place}{number}"
+        record = tidy(parse_line(line, where), number)
+        if "prompt" in need and record.get("prompt") is None and any(record.get(x) for x in PARTS):
+            try:
+                record["prompt"] = render_prompt(record, grid)
+            except ValueError as error:
+                raise InputError(f"{where}: {error}") from None
+        wrong = check_record(record, grid, need)
+        if wrong:
+            raise InputError(f"{where}: {wrong}")
+        earlier = line_of.setdefault(record["id"], number)
+        if earlier != number:
+            what = f"id {record['id']!r} was already used in {place}{earlier}"
+            raise InputError(f"{where}: {what}; change one")
+        records.append(record)
     return records
 
 

@@ -81,7 +81,7 @@ def write_run(path: Path, args: argparse.Namespace, settings: dict, started: flo
     run = {
         "script": Path(sys.argv[0]).name,
         "git_commit": commit,
-        **versions(),
+        **versions(args),
         "python": platform.python_version(),
         "wall_seconds": round(time.time() - started, 1),
         "arguments": arguments(args),

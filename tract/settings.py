@@ -19,8 +19,10 @@ FREE_OF_VLLM = set(
 )
 
 
-def versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in LIBRARIES}
+def versions(args: argparse.Namespace) -> dict[str, str]:
+    """Return the versions of the libraries that decide; bitsandbytes is one where the base is in 4 bits."""
+    four_bit = getattr(args, "four_bit", False) or hub.is_four_bit(args.model)
+    return {name: metadata.version(name) for name in (*LIBRARIES, *["bitsandbytes"] * four_bit)}
 
 
 def arguments(args: argparse.Namespace) -> dict:
@@ -38,7 +40,7 @@ def settings_of(args: argparse.Namespace) -> dict:
         "model": hub.identity(args.model),
         "base": hub.identity(hub.base_of(args.model)),
         "vLLM": {name: value for name, value in vllm.items() if name not in FREE_OF_VLLM},
-        "version of": versions(),
+        "version of": versions(args),
         "code of": {path.name: sha256(path) for path in CODE},
     }
     for group, entries in groups.items():

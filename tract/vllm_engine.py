@@ -17,7 +17,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM has room for
 
 
 class Engine:
-    """Stand in for a model in writing.Judge; the adapter of a LoRA folder goes along with every request."""
+    """Stand in for a model in writing.Loaded; the adapter of a LoRA folder goes along with every request."""
 
     def __init__(self, name: str, tokenizer, bf16: bool, options: dict):
         """Load a model; vLLM's `max_model_len` limits the tokenizer's positions. Raises InputError."""
@@ -27,6 +27,8 @@ class Engine:
         except ImportError as error:
             remedy = "pip install vllm, in an environment of its own, then requirements.txt without torch"
             raise InputError(f"--engine vllm: {error}; {remedy}") from None
+        if hub.is_four_bit(name):
+            raise InputError(f"{name}: was trained on a base in 4 bits; use --engine torch")
         base = hub.base_of(name)
         self.adapter = None
         if base:

@@ -31,7 +31,7 @@ from tract.records import Grid
 NUCLEUS = 256  # tokens that nearly always hold the nucleus; where not, the whole vocabulary is sorted
 
 
-class Judge(NamedTuple):  # a model with all it takes to write CoTs and to read scores
+class Loaded(NamedTuple):  # a model with all it takes to write CoTs and to read scores
     model: object  # of transformers, or vllm_engine.Engine
     tokenizer: object
     grid: Grid
@@ -41,7 +41,7 @@ class Judge(NamedTuple):  # a model with all it takes to write CoTs and to read 
     is_vllm: bool
 
 
-def load_judge(name: str, grid: Grid, bf16: bool, engine: str = "torch", engine_args=()) -> Judge:
+def load_judge(name: str, grid: Grid, bf16: bool, engine: str = "torch", engine_args=()) -> Loaded:
     """Load what --model, --bf16, --engine and --engine-args ask for. Raises InputError."""
     tokenizer = models.load_tokenizer(name)
     suffix_ids, score_ids = score_tokens(tokenizer, grid)
@@ -50,12 +50,12 @@ def load_judge(name: str, grid: Grid, bf16: bool, engine: str = "torch", engine_
         from tract.vllm_engine import Engine
 
         model = Engine(name, tokenizer, bf16, dict(engine_args))
-        return Judge(model, tokenizer, grid, suffix_ids, [], scores, is_vllm=True)
+        return Loaded(model, tokenizer, grid, suffix_ids, [], scores, is_vllm=True)
     model = models.load_model(name, torch.bfloat16 if bf16 else torch.float32)
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]  # Llama-3 has several
     ends = {tokenizer.eos_token_id, *ends} - {None}
-    return Judge(model, tokenizer, grid, suffix_ids, sorted(ends), scores, is_vllm=False)
+    return Loaded(model, tokenizer, grid, suffix_ids, sorted(ends), scores, is_vllm=False)
 
 
 def sample(logits: Tensor, so_far: Tensor, uniform: Tensor, args) -> Tensor:
@@ -96,7 +96,7 @@ def random_numbers(name: str, n: int) -> Tensor:
 
 
 @torch.inference_mode()
-def write(judge: Judge, prompts: list[list[int]], names: list[str], args, at_once: int) -> Iterator[tuple]:
+def write(judge: Loaded, prompts: list[list[int]], names: list[str], args, at_once: int) -> Iterator[tuple]:
     """Sample a CoT for each name until the suffix, an end of sequence or the limit, `at_once` rows at a time.
 
     CoT c is of prompt c // args.num_cots. Yields c, its ids and the score distribution (Rail) after them.
@@ -147,7 +147,7 @@ def write(judge: Judge, prompts: list[list[int]], names: list[str], args, at_onc
         written = [written[row] + 1 for row in going]
 
 
-def read_scores(judge: Judge, hidden: Tensor) -> list[Rail]:
+def read_scores(judge: Loaded, hidden: Tensor) -> list[Rail]:
     """Read the score distributions that hidden states (B, D) predict, as plain numbers."""
     logits = score_logits(judge.model, hidden, judge.scores["score_ids"])
     expected, off_grid, probs = (values.tolist() for values in rail(logits, **judge.scores))
@@ -155,7 +155,7 @@ def read_scores(judge: Judge, hidden: Tensor) -> list[Rail]:
 
 
 @torch.inference_mode()
-def score(judge: Judge, texts: list[list[int]]) -> list[Rail]:
+def score(judge: Loaded, texts: list[list[int]]) -> list[Rail]:
     """Read the score distribution after each text (prompt, CoT and suffix as ids) by a forward pass."""
     if judge.is_vllm:
         return judge.model.score(judge, texts)
@@ -176,7 +176,7 @@ class Cot:  # what a judge wrote or was given
     scores: Rail | None = None  # the score distribution after `ids`; None where it has not been read
 
 
-def write_cots(judge: Judge, records: list[dict], prompts: list, args, at_once: int) -> list[list[Cot]]:
+def write_cots(judge: Loaded, records: list[dict], prompts: list, args, at_once: int) -> list[list[Cot]]:
     """Write args.num_cots CoTs for each record, with the scores that came with them, where those hold."""
     num_cots = args.num_cots
     names = [f"{args.seed}/{record['id']}/{k}" for record in records for k in range(num_cots)]

@@ -1,0 +1,132 @@
+"""Judge from Python: `Judge("out/stage2")(instruction=…, response=…, rubric=…)`. Skip this file at first.
+
+Its first half is shared with predict.py, which does the same from file to file.
+"""
+
+import json
+from typing import NoReturn
+
+from tract import hub, intervals
+from tract.encode import prefix_ids, prompt_ids
+from tract.files import check_options, longest_prompt, writes_cots
+from tract.options import choose_grid, make_judging_parser
+from tract.records import PREDICTED, InputError, predicted, records_of, significant
+from tract.writing import Cot, Loaded, load_judge, score, write_cots
+
+NEEDS = {  # --given → fields that records must have
+    None: ("id", "prompt"),
+    "cot": ("id", "prompt", "cot"),
+    "cots": ("id", "prompt", "cots", "finished"),
+}
+
+
+def ready_cots_of(tokenizer, record: dict, prompt: list[int], args) -> list[Cot]:
+    """Return the CoTs that a record has (--given), for --no-cot an empty one, without scores."""
+    if args.given == "cots":
+        texts = record["cots"]
+        finished = record["finished"]
+    else:
+        texts = [record["cot"]] if args.given == "cot" else [""]
+        finished = [True]
+    cots = []
+    for text, is_finished in zip(texts, finished, strict=True):
+        ids = prefix_ids(tokenizer, prompt, text, args.grid)  # prompt, CoT and suffix
+        cots.append(Cot(text, is_finished, ids))
+    return cots
+
+
+def predict_from(judge: Loaded, cots_of_records: list[list[Cot]], args) -> list[dict]:
+    """Return what predict.py adds to each record; the prediction is the mean over its CoTs."""
+    # Where a sampled CoT reached the suffix, its score distribution came with it; the others lack it
+    unscored = [cot for cots in cots_of_records for cot in cots if cot.scores is None]
+    distributions = score(judge, [cot.ids for cot in unscored])
+    for cot, distribution in zip(unscored, distributions, strict=True):
+        cot.scores = distribution
+    found = []
+    for cots in cots_of_records:
+        # Round before computing, so that anyone can compute the prediction from the file
+        score_probs = [[significant(p) for p in cot.scores.probs] for cot in cots]
+        prediction, decoded = predicted(score_probs, args.grid, args.renormalise)
+        fields = {
+            "cots": [cot.text for cot in cots],
+            "finished": [cot.finished for cot in cots],
+            "suffix": args.grid.suffix.strip(),
+            "score_probs": score_probs,
+            "off_grid": [significant(cot.scores.off_grid) for cot in cots],
+            "grid": str(args.grid),
+            "renormalised": args.renormalise,
+            "prediction": prediction,  # the mean of Σ_v p(v) · v over the CoTs
+            "decoded": decoded,  # the mean of the likeliest scores
+            **intervals.fields(prediction, args),
+        }
+        found.append(fields)
+    return found
+
+
+class Judge:
+    """Judge records as predict.py would, the same way with the same seed; it loads the model once.
+
+    The options are predict.py's, with its defaults: num_cots=4, temperature=0, seed=1, renormalise=True,
+    bf16=False. Grid, suffix and whether there is a CoT come with the checkpoint. Raises InputError.
+    """
+
+    def __init__(self, model: str, **options):
+        parser = make_judging_parser("")
+        parser.error = refuse  # argparse's own would end the process
+        known = vars(parser.parse_args([])).keys() - {"model", "data", "out", "shard"}
+        if options.keys() - known:
+            refuse(f"no option {min(options.keys() - known)}; there are {', '.join(sorted(known))}")
+        if hub.trained(str(model)).get("no_cot"):
+            options.setdefault("no_cot", True)
+        arguments = [f"--model={model}"]
+        for name, value in options.items():
+            flag = f"--{name.replace('_', '-')}"
+            if name == "bf16" and value is False:
+                arguments.append("--fp32")
+            elif value is True:
+                arguments.append(flag)
+            elif value is not None and value is not False:
+                arguments.append(f"{flag}={value}")
+        args = parser.parse_args(arguments)
+        args.grid = choose_grid(args)
+        args.intervals = intervals.read(args)
+        check_options(args)
+        self.args = args
+        self.model = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
+
+    def __call__(self, records: list[dict] | None = None, **record) -> dict | list[dict]:
+        """Return a record with the fields of predict.py, or a list of such for a list. Raises InputError."""
+        if records is None:
+            return self([record])[0]
+        lines = []  # as in a file, so that all is checked that would be there
+        for number, row in enumerate(records, 1):
+            try:
+                lines.append(json.dumps(row).encode())
+            except (TypeError, ValueError) as error:
+                raise InputError(f"record {number}: not JSON ({error}); give texts, numbers, lists") from None
+        rows = records_of(lines, "record ", self.args.grid, NEEDS[self.args.given])
+        if not rows:
+            return []
+        writes = writes_cots(self.args)
+        longest = longest_prompt(self.model, self.args)
+        prompts = []
+        cots = []  # of each record
+        for number, row in enumerate(rows, 1):
+            prompts.append(prompt_ids(self.model.tokenizer, row["prompt"]))
+            length = len(prompts[-1])
+            if not writes:
+                cots.append(ready_cots_of(self.model.tokenizer, row, prompts[-1], self.args))
+                length = max(len(cot.ids) for cot in cots[-1])
+            if length > longest:
+                raise InputError(f"record {number}: has {length} tokens, more than {longest}; shorten it")
+        if writes:
+            cots = write_cots(self.model, rows, prompts, self.args, self.args.batch_size)
+        judged = []
+        for row, fields in zip(rows, predict_from(self.model, cots, self.args), strict=True):
+            kept = {name: value for name, value in row.items() if name not in PREDICTED}
+            judged.append(kept | fields)
+        return judged
+
+
+def refuse(message: str) -> NoReturn:
+    raise InputError(f"Judge: {message}")
