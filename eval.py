@@ -20,8 +20,6 @@ For predict.py --intervals it measures how far a prediction may be off, on recor
 """
 
 import argparse
-import contextlib
-import io
 import math
 from pathlib import Path
 
@@ -29,8 +27,9 @@ import numpy as np
 from scipy import stats
 
 from tract import intervals, page, pairs, runs
-from tract.records import InputError, off_grid_line
-from tract.scores import Predictions, describe, draw, print_columns, print_table, read_predictions, write
+from tract.records import InputError
+from tract.report import describe, draw, write
+from tract.scores import Predictions, count, read_predictions
 
 KINDS = ("prediction", "decoded")  # CoT-RAIL, and the most likely score
 
@@ -192,7 +191,7 @@ def compare(files: dict, common: dict[str, Predictions], resamples: int, seed: i
     for path, file in common.items():
         samples[path] = {kind: bootstrap(file, kind, picks) for kind in KINDS}
     for path, file in common.items():
-        entry = describe(path, files[path], file)  # counts: records, left out and why, unfinished CoTs
+        entry = count(path, files[path], file)  # records, those left out and why, unfinished CoTs
         entry["difference"] = {}
         for kind in KINDS:
             entry[kind] = {}
@@ -210,45 +209,6 @@ def compare(files: dict, common: dict[str, Predictions], resamples: int, seed: i
     return report
 
 
-# The report: first a few lines on each file, then the tables
-def show(report: dict, common: dict[str, Predictions]) -> None:
-    """Print the report, one row per metric; of more than two files the predictions alone."""
-    files = report["files"]
-    print(f"{report['evaluated']} records, 95 % bootstrap intervals\n")
-    for number, (path, entry) in enumerate(files.items(), 1):
-        left_out = f"{entry['without_score']} without score, {entry['not_in_all_files']} not in all files"
-        left_out += f", {entry['without_prediction']} without prediction"
-        print(f"{number}: {path}: {entry['records']} records, {left_out}")
-        unfinished = f"{entry['unfinished_rate']:.1%} of {entry['cots']} CoTs unfinished"
-        tied = f"likeliest score tied in {entry['tied_likeliest']} records"
-        file = common[path]
-        print(f"   {unfinished}, {tied}, {off_grid_line(file.rows, file.grid)}")
-        print(f"   {intervals.line(entry['intervals'])}")
-    print()
-    one_rater = report["one_rater"]
-    if one_rater:
-        lines = [["one rater", one_rater["pearson"], one_rater["rmse"]]]
-        for number, entry in enumerate(files.values(), 1):
-            judge = entry["against_others"]
-            if judge:
-                lines.append([str(number), judge["pearson"], judge["rmse"]])
-        print_table([f"{one_rater['ratings']} ratings, against the mean of the others", "r", "RMSE"], lines)
-    kinds = KINDS if len(files) <= 2 else ["prediction"]
-    metrics = {}
-    differences = {}
-    for number, entry in enumerate(files.values(), 1):
-        for kind in kinds:
-            metrics[f"{number} {kind}"] = entry[kind]
-            if number > 1:
-                differences[f"{number} {kind}"] = entry["difference"][kind]
-    print_columns(metrics)
-    if differences:
-        print("Difference to 1 on the same records\n")
-        print_columns(differences)
-        best = min(files, key=lambda path: files[path]["prediction"]["rmse"]["value"])
-        print(f"lowest RMSE: {best}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     add = parser.add_argument
@@ -261,22 +221,21 @@ def main() -> None:
     add("--resamples", type=runs.COUNT, default=1000, help="bootstrap resamples of the records")
     add("--seed", type=runs.SEED, default=0, help="random seed of the bootstrap")
     args = parser.parse_args()
-    runs.check_out(args)
+    runs.check_out(args.out)
     if len(set(args.predictions)) < len(args.predictions):
         raise InputError("the same prediction file is given twice; give each once")
     files = {}
     for path in args.predictions:
         files[path] = read_predictions(path, args.grid, args.cots, args.renormalise)
     if args.pairs:
-        write(args, pairs.evaluate(files, args.resamples, args.seed, interval))
+        write(args.out, pairs.evaluate(files, args.resamples, args.seed, interval))
         return
     common = keep_common(files)
     report = compare(files, common, args.resamples, args.seed)
     figure = draw(common, report)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        show(report, common)
-    write(args, report, figure, page.render(common, printed.getvalue(), figure))
-    print(printed.getvalue(), end="")
+    text = describe(report, common)
+    write(args.out, report, figure, page.render(common, text, figure))
+    print(text, end="")
 
 
 if __name__ == "__main__":

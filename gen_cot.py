@@ -11,7 +11,7 @@ After an interruption the same command goes on. The sampling is tract/writing.py
 """
 
 from tract import runs
-from tract.encode import prompt_ids
+from tract.encode import encode_prompt
 from tract.files import Output, read_data, tokenising
 from tract.options import choose_grid, make_writing_parser
 from tract.writing import load_judge, write_cots
@@ -26,7 +26,7 @@ def main() -> None:
     p_s = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
     prompts = {}  # id → token ids
     for record in tokenising(records):
-        prompts[record["id"]] = prompt_ids(p_s.tokenizer, record["prompt"])
+        prompts[record["id"]] = encode_prompt(p_s.tokenizer, record["prompt"])
 
     lengths = {id: len(prompt) for id, prompt in prompts.items()}
     output.begin(p_s, records, lengths)  # drops what is too long, goes on after the records already written

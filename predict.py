@@ -10,7 +10,7 @@ the mean over N CoTs, --no-cot reads the score after the prompt (plain RAIL), --
 import json
 
 from tract import intervals, runs
-from tract.encode import prompt_ids
+from tract.encode import encode_prompt
 from tract.files import Output, read_data, tokenising, writes_cots
 from tract.judge import NEEDS, predict_from, ready_cots_of
 from tract.options import choose_grid, make_judging_parser
@@ -31,7 +31,7 @@ def main() -> None:
     lengths = {}  # id → tokens that are read before anything is sampled
     for record in tokenising(records):
         id = record["id"]
-        prompts[id] = prompt_ids(judge.tokenizer, record["prompt"])
+        prompts[id] = encode_prompt(judge.tokenizer, record["prompt"])
         if samples_cots:
             lengths[id] = len(prompts[id])
         else:

@@ -28,7 +28,7 @@ from tract.examples import (
     say_what_lambda_weighs,
     show_example,
 )
-from tract.models import autocast, device, score_logits
+from tract.models import autocast, device, next_token_logits
 from tract.options import choose_grid, make_training_parser
 from tract.runs import Fault
 
@@ -114,7 +114,7 @@ def loss_in_parts(model, states: Tensor, batch: dict, loss_options: dict, bf16: 
         labels = {name: batch[name][positions] for name in ("targets", "is_score", "true_scores")}
         with autocast(bf16):
             # (r, V) for these r positions, the score tokens' in fp32: bf16 would blur their distribution
-            logits = score_logits(model, states[positions], loss_options["score_ids"])
+            logits = next_token_logits(model, states[positions], loss_options["score_ids"])
             part = cot_raft_loss(logits, **labels, **loss_options)
         del logits  # the backward pass has what it needs of them
         yield part
@@ -126,7 +126,7 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, args)
     Losses are divided by the tokens and sequences of the whole window: they add up to the same however it is
     split into micro-batches.
     """
-    n_tokens = sum(example.supervised for example in window)
+    n_tokens = sum(example.n_supervised for example in window)
     if args.score_ce == "none":  # CE then skips the score of each sequence
         n_tokens -= len(window)
     loss_options = loss_options | {"n_tokens": n_tokens, "n_sequences": len(window)}
@@ -134,7 +134,7 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, args)
     for micro_batch in ranks.micro_batches(window, args.batch_size):
         batch = collate(micro_batch)
         states = supervised_states(model, batch, args.bf16)  # (R, D)
-        # In short: cot_raft_loss(score_logits(model, states, score_ids), ...).total.backward()
+        # In short: cot_raft_loss(next_token_logits(model, states, score_ids), ...).total.backward()
         # But then R × V logits exist at once, which is gigabytes. So cut the graph between decoder and head,
         # go through the head a few positions at a time, adding up the gradient of the states, and send that
         # through the decoder.
@@ -187,7 +187,7 @@ def evaluate(model, examples: list[Example], loss_options: dict, args) -> dict:
     # The same measures whatever is trained on, so that runs can be compared
     same = {"score_ce": "token", "score_weight": None, "penalty": "squared", "ce_sum": False}
     loss_options = loss_options | same
-    loss_options["n_tokens"] = sum(example.supervised for example in examples)
+    loss_options["n_tokens"] = sum(example.n_supervised for example in examples)
     loss_options["n_sequences"] = len(examples)
     sums = torch.zeros(2, device=device())  # CE, squared error
     by_length = sorted(examples, key=lambda example: len(example.ids))
@@ -209,7 +209,6 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     """
     started = time.time()
     ranks.join()
-    runs.check_out(args)
     check_options(args)
     tokenizer = models.load_tokenizer(args.model)
     _, score_ids = score_tokens(tokenizer, args.grid)
@@ -219,7 +218,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     for epoch in range(args.epochs):
         plan += plan_epoch(examples, args.batch_size * args.accumulation, f"{args.seed}/{epoch}")
     tokens = sum(len(example.ids) for example in examples)
-    share = sum(example.supervised for example in examples) / tokens
+    share = sum(example.n_supervised for example in examples) / tokens
     print(f"{len(examples)} examples, {tokens} tokens, {share:.0%} supervised; {len(plan)} steps")
     print(f"{len(held_out)} held out" if held_out else "no --valid: nothing is held out")
     say_what_lambda_weighs(args)

@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from results.tables import table
 from tract import runs
-from tract.encode import prefix_ids, prompt_ids
+from tract.encode import encode_prefix, encode_prompt
 from tract.options import make_writing_parser, setting
 from tract.records import Grid, read_records
 from tract.writing import load_judge, score, write_cots
@@ -33,9 +33,9 @@ def drive(args) -> dict:
     """Do all three tasks with one engine; returns what came out and the seconds of each."""
     records = read_records(args.data, args.grid, ("id", "prompt", "cot", "score"))[: args.records]
     judge = load_judge(args.model, args.grid, False, args.drive, args.engine_args)
-    prompts = [prompt_ids(judge.tokenizer, r["prompt"]) for r in records]
+    prompts = [encode_prompt(judge.tokenizer, r["prompt"]) for r in records]
     pairs = zip(prompts, records, strict=True)
-    texts = [prefix_ids(judge.tokenizer, prompt, r["cot"], args.grid) for prompt, r in pairs]
+    texts = [encode_prefix(judge.tokenizer, prompt, r["cot"], args.grid) for prompt, r in pairs]
 
     def write(temperature: float, n: int) -> list[dict]:
         options = [f"--temperature={temperature}", f"--max-new-tokens={args.max_new_tokens}"]

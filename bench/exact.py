@@ -20,7 +20,7 @@ import stage1_train
 from loss import rail
 from results.tables import table
 from tract import models, runs, writing
-from tract.encode import encode, prefix_ids, prompt_ids
+from tract.encode import encode, encode_prefix, encode_prompt
 from tract.records import Grid, read_records
 
 
@@ -31,7 +31,7 @@ def in_bf16(model, hidden, score_ids):
 
 HEADS = {  # each takes what `in_bf16` takes
     "bf16": in_bf16,
-    "bf16, the head's score columns in fp32": models.score_logits,
+    "bf16, the head's score columns in fp32": models.next_token_logits,
     "bf16, all of the head in fp32": lambda model, hidden, score_ids: (
         hidden.float() @ model.get_output_embeddings().weight.float().T
     ),
@@ -43,11 +43,11 @@ def compare(args, records: list[dict], grid: Grid) -> None:
     probs = {}  # name → p(score), (n, S)
     for bf16, heads in ((False, {"fp32 throughout": in_bf16}), (True, HEADS)):
         judge = writing.load_judge(args.model, grid, bf16)
-        prompts = [prompt_ids(judge.tokenizer, record["prompt"]) for record in records]
+        prompts = [encode_prompt(judge.tokenizer, record["prompt"]) for record in records]
         pairs = zip(prompts, records, strict=True)
-        texts = [prefix_ids(judge.tokenizer, prompt, record["cot"], grid) for prompt, record in pairs]
+        texts = [encode_prefix(judge.tokenizer, prompt, record["cot"], grid) for prompt, record in pairs]
         # What the head sees where predict.py reads the score of each text, (n, D)
-        with patch.object(writing, "score_logits", wraps=models.score_logits) as spy:
+        with patch.object(writing, "next_token_logits", wraps=models.next_token_logits) as spy:
             writing.score(judge, texts)
         hidden = torch.cat([call.args[1] for call in spy.call_args_list])
         for name, head in heads.items():
@@ -82,20 +82,22 @@ def price(args, records: list[dict], grid: Grid) -> None:
     for name, task in (("training step", step), ("reading scores", lambda: writing.score(judge, texts))):
         seconds = {}
         peaks = {}
-        for head in [in_bf16, models.score_logits] * (args.rounds + 1):
+        for head in [in_bf16, models.next_token_logits] * (args.rounds + 1):
             with (
-                patch.object(stage1_train, "score_logits", head),
-                patch.object(writing, "score_logits", head),
+                patch.object(stage1_train, "next_token_logits", head),
+                patch.object(writing, "next_token_logits", head),
             ):
                 started = time.perf_counter()
                 task()
                 seconds.setdefault(head, []).append(time.perf_counter() - started)
                 if head not in peaks:
                     peaks[head] = peak_of(task)
-        pairs = zip(seconds[models.score_logits][1:], seconds[in_bf16][1:], strict=True)  # the first warms up
+        pairs = zip(
+            seconds[models.next_token_logits][1:], seconds[in_bf16][1:], strict=True
+        )  # the first warms up
         ratios = sorted(ours / plain for ours, plain in pairs)
         spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-        rows.append([name, spread, f"{peaks[models.score_logits] / peaks[in_bf16]:.3f}"])
+        rows.append([name, spread, f"{peaks[models.next_token_logits] / peaks[in_bf16]:.3f}"])
     print(table(["task", "times as long", "peak memory, times as much"], rows), end="")
 
 

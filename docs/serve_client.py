@@ -30,9 +30,11 @@ def main() -> None:
     sampling = {"temperature": 1, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.03, "max_tokens": 1024}
     wanted = {"logprobs": 1, "logprob_token_ids": score_ids, "return_tokens_as_token_ids": True}
     for record in records.read_records(data, grid):
-        prompt = encode.prompt_ids(tokenizer, record["prompt"])
+        prompt = encode.encode_prompt(tokenizer, record["prompt"])
         cot = complete(url, prompt, stop=stop, **sampling)
-        ids = encode.prefix_ids(tokenizer, prompt, cot["text"], grid)  # prompt, CoT, suffix: as in training
+        ids = encode.encode_prefix(
+            tokenizer, prompt, cot["text"], grid
+        )  # prompt, CoT, suffix: as in training
         found = complete(url, ids, max_tokens=1, **wanted)["logprobs"]["top_logprobs"][0]
         probs = [math.exp(found[f"token_id:{id}"]) for id in score_ids]  # over the whole vocabulary
         record["prediction"], record["decoded"] = records.predicted([probs], grid)

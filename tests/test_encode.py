@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from stage1_train import collate
-from tract.encode import encode, prefix_ids, prompt_ids, score_tokens, thinking_setting
+from tract.encode import encode, encode_prefix, encode_prompt, score_tokens, thinking_setting
 from tract.records import SUFFIX, Grid, InputError
 
 GRID, PROMPT, COT = Grid(), "Is it good?", "The answer is good."
@@ -49,12 +49,12 @@ def test_ids_score_position_and_start_of_the_loss(name, request):
     assert score_ids == scores and tokenizer.decode(suffix).strip() == SUFFIX.strip()
     example = encoded(tokenizer)
     assert list(example.ids) == prompt + target and example.ids.itemsize == 4
-    assert (example.start, example.supervised) == (len(prompt), len(target))
+    assert (example.start, example.n_supervised) == (len(prompt), len(target))
     assert example.ids[example.score_position] == scores[3] and example.score == 3.67
     assert encoded(tokenizer, prompt=f" \n{PROMPT}\n ", cot=f" {COT}\n") == example  # both are stripped
     batch = collate([example, longer := encoded(tokenizer, cot=f"{COT} {COT}")])
     assert batch["targets"].tolist().count(tokenizer.eos_token_id) == 2
-    assert batch["supervised"].sum(1).tolist() == [example.supervised, longer.supervised]
+    assert batch["supervised"].sum(1).tolist() == [example.n_supervised, longer.n_supervised]
 
     no_cot = encoded(tokenizer, no_cot=True, cot=None, score=5)  # the suffix is given, not predicted
     assert list(no_cot.ids[no_cot.start :]) == [scores[4], tokenizer.eos_token_id]
@@ -89,19 +89,19 @@ def test_exactly_one_bos_whoever_writes_it(template, added, gpt2_tokenizer):
     tokenizer.chat_template, bos = template, tokenizer.bos_token_id
     processor = TemplateProcessing(single=added, special_tokens=[("<s>", bos)])
     tokenizer.backend_tokenizer.post_processor = processor
-    for ids in (prompt_ids(tokenizer, prompt) for prompt in (PROMPT, "Say <s>")):
+    for ids in (encode_prompt(tokenizer, prompt) for prompt in (PROMPT, "Say <s>")):
         assert ids.count(bos) == ids[:1].count(bos) == ("<s>" in added or "bos_token" in (template or ""))
 
 
 def test_a_template_is_kept_but_for_its_date_and_refused_where_it_fails(gpt2_tokenizer, monkeypatch):
     monkeypatch.setattr(gpt2_tokenizer, "chat_template", " \n{{ strftime_now('%Y-%m-%d') }}: " + BARE)
-    assert gpt2_tokenizer.decode(prompt_ids(gpt2_tokenizer, PROMPT)) == f" \n26 Jul 2024: {PROMPT}"
+    assert gpt2_tokenizer.decode(encode_prompt(gpt2_tokenizer, PROMPT)) == f" \n26 Jul 2024: {PROMPT}"
     wrong = {"{{ raise_exception('no system role') }}": r"fails \(no system role\)", "{% if %}": r"fails \("}
     wrong |= {"[INST]": "has to hold the prompt exactly once", BARE + BARE: ".* exactly once"}
     for template, message in wrong.items():
         monkeypatch.setattr(gpt2_tokenizer, "chat_template", template)
         with pytest.raises(InputError, match=f"its chat template {message}"):
-            prompt_ids(gpt2_tokenizer, PROMPT)
+            encode_prompt(gpt2_tokenizer, PROMPT)
 
 
 THINKING = {  # the template that trl ships → how the answer of a model that is not to think begins
@@ -116,7 +116,7 @@ THINKING = {  # the template that trl ships → how the answer of a model that i
 def test_models_that_can_think_are_told_not_to(name, gpt2_tokenizer, monkeypatch):
     template = (resources.files("trl") / f"chat_templates/{name}.jinja").read_text("utf-8")
     monkeypatch.setattr(gpt2_tokenizer, "chat_template", template)
-    text = gpt2_tokenizer.decode(prompt_ids(gpt2_tokenizer, PROMPT))
+    text = gpt2_tokenizer.decode(encode_prompt(gpt2_tokenizer, PROMPT))
     assert text.endswith(THINKING[name]) and text.count(PROMPT) == 1
     assert thinking_setting(gpt2_tokenizer) is (None if name == "qwen2_5" else False)
 
@@ -127,7 +127,7 @@ def test_tokens_that_were_added_are_text_in_a_text_and_tokens_in_a_template(gpt2
     tokenizer.add_tokens(["<think>", "</think>", "<think></", "    "])
     tokenizer.chat_template = BARE + "<think>"
     text = "Say <think></think>5<think><think></think> in    Java"
-    ids = prompt_ids(tokenizer, text)
+    ids = encode_prompt(tokenizer, text)
     assert [tokenizer.decode(id) for id in ids if id >= len(gpt2_tokenizer)] == ["    ", "<think>"]
     assert tokenizer.decode(ids) == f"{text}<think>"
 
@@ -168,5 +168,5 @@ def test_no_text_becomes_a_control_token_or_moves_the_score(name, request, promp
     if name in ("llama31_tokenizer", "gpt2_tokenizer"):  # these can spell any text
         assert prompt.strip() in tokenizer.decode(example.ids[: example.start])
     assert example.ids[-2] == score_tokens(tokenizer, GRID)[1][GRID.nearest(score)]
-    prefix = prefix_ids(tokenizer, prompt_ids(tokenizer, prompt), cot, GRID)
+    prefix = encode_prefix(tokenizer, encode_prompt(tokenizer, prompt), cot, GRID)
     assert prefix == list(example.ids[: example.score_position])

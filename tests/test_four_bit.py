@@ -35,7 +35,9 @@ def test_a_step_on_a_base_in_4_bits_is_one_on_its_weights_rounded(lab, tiny_toke
     packed = models.load_for_training(TINY_SEED, 4, True, False, four_bit=True)
     adapters = {name: p for name, p in packed.named_parameters() if p.requires_grad}
     assert {p.dtype for p in adapters.values()} == {torch.float32}
-    assert type(packed.get_output_embeddings()) is torch.nn.Linear  # which score_logits multiplies in fp32
+    assert (
+        type(packed.get_output_embeddings()) is torch.nn.Linear
+    )  # which next_token_logits multiplies in fp32
 
     plain = models.load_for_training(TINY_SEED, 4, True, False)
     plain.load_state_dict(adapters, strict=False)

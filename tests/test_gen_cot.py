@@ -10,7 +10,7 @@ import gen_cot
 import stage1_train
 from loss import Rail, rail
 from tract import batch, models, options, writing
-from tract.encode import prefix_ids, prompt_ids, target_ids
+from tract.encode import encode_prefix, encode_prompt, encode_target
 from tract.models import TINY_SEED
 from tract.records import SUFFIX, Grid
 from tract.writing import Loaded, load_judge, sample
@@ -37,9 +37,9 @@ def judged(lab, judge: Loaded, data: Path, *options) -> list[dict]:
     out = lab.path / f"{len(list(lab.path.iterdir()))}.jsonl"
     lab.run("predict", "--model", lab.path / "seed", "--data", data, "--out", out, *options)
     for row in lab.read(out.name):
-        prompt = prompt_ids(judge.tokenizer, row["prompt"])
+        prompt = encode_prompt(judge.tokenizer, row["prompt"])
         for cot, probs, off_grid in zip(row["cots"], row["score_probs"], row["off_grid"], strict=True):
-            _, wanted = plain(judge, prefix_ids(judge.tokenizer, prompt, cot, GRID))
+            _, wanted = plain(judge, encode_prefix(judge.tokenizer, prompt, cot, GRID))
             assert probs == pytest.approx(wanted.probs.tolist(), abs=1e-4)
             assert off_grid == pytest.approx(wanted.off_grid.item(), abs=1e-4)
     return lab.read(out.name)
@@ -94,7 +94,7 @@ def test_logits_of_scores_are_those_of_float64(bias):
     hidden = (20 * torch.randn(50, 64)).bfloat16().requires_grad_()
     ids, exact = torch.tensor([7, 3, 400]), hidden.detach().double().requires_grad_()
     wanted = exact @ layer.weight[ids].double().T + (layer.bias[ids].double() if bias else 0)
-    found = models.score_logits(model, hidden, ids)
+    found = models.next_token_logits(model, hidden, ids)
     assert found.dtype == torch.float32 and found.shape == (50, 500) and wanted.abs().max() > 30
     torch.testing.assert_close(found[:, ids].double(), wanted, atol=1e-4, rtol=0)
     assert torch.equal(found[:, 10:400], models.head(model, hidden)[:, 10:400].float())
@@ -112,7 +112,7 @@ def test_a_cot_that_reaches_its_suffix_comes_with_its_scores(name, spelled, requ
     """Read it again where training would encode it otherwise, as where it is spelled letter by letter."""
     tokenizer, score, read = request.getfixturevalue(name), writing.score, []
     judge = load_judge(str(lab.checkpoint(tokenizer)), GRID, False)
-    ids = target_ids(tokenizer, COT, "1", SUFFIX)[:-1]
+    ids = encode_target(tokenizer, COT, "1", SUFFIX)[:-1]
     if spelled:
         ids = [tokenizer(letter).input_ids[0] for letter in COT] + judge.suffix_ids
     steps = iter([*ids, 7])  # whatever the random numbers, these are written; and one step for the scores
@@ -136,7 +136,7 @@ def test_every_token_is_what_a_plain_pass_would_sample(kind, at_once, gpt2_token
     options = {"model_type": kind, "sliding_window": 8, **WINDOWS[kind]}
     options |= {"max_position_embeddings": 34, "eos_token_id": [*range(0, 290, 9)]}  # a token in nine ends
     judge = load_judge(str(lab.checkpoint(gpt2_tokenizer, **options)), GRID, False)
-    prompts = [prompt_ids(gpt2_tokenizer, "Why? " * (1 + i % 4))[i % 3 :] for i in range(7)] + [[9]]
+    prompts = [encode_prompt(gpt2_tokenizer, "Why? " * (1 + i % 4))[i % 3 :] for i in range(7)] + [[9]]
     names, args, texts, scores = list("abcdefghijklmnop"), how(max_new_tokens=25, num_cots=2), [], []
     for row, ids, found in writing.write(judge, prompts, names, args, at_once):
         text, start = prompts[row // 2] + ids, len(prompts[row // 2])

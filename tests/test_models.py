@@ -124,7 +124,7 @@ def test_scores_of_an_adapted_head_are_its_own(how, lab, tiny_tokenizer, capsys)
     ids = torch.arange(5, 12)[None]
     with torch.no_grad():
         hidden, logits = model.get_decoder()(ids).last_hidden_state, model(ids).logits
-        assert torch.equal(models.score_logits(model, hidden, torch.tensor([7, 8, 9])), logits.float())
+        assert torch.equal(models.next_token_logits(model, hidden, torch.tensor([7, 8, 9])), logits.float())
     assert "--fp32 is exact" in capsys.readouterr().out
 
 

@@ -7,7 +7,7 @@ import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
-from tract.encode import prefix_ids, prompt_ids, score_tokens
+from tract.encode import encode_prefix, encode_prompt, score_tokens
 from tract.records import Grid
 
 
@@ -42,10 +42,10 @@ def test_two_requests_make_a_prediction(lab, tiny_tokenizer, monkeypatch):
     runpy.run_module("docs.serve_client")
     server.shutdown()
     row = json.loads(lab.capsys.readouterr().out)
-    ids = prompt_ids(tiny_tokenizer, lab.rows[0]["prompt"])
+    ids = encode_prompt(tiny_tokenizer, lab.rows[0]["prompt"])
     assert [request["prompt"] for request in asked] == [
         ids,
-        prefix_ids(tiny_tokenizer, ids, "this answer is good", grid),
+        encode_prefix(tiny_tokenizer, ids, "this answer is good", grid),
     ]
     assert asked[0]["stop"] == "So the overall score is" and asked[1]["logprob_token_ids"] == score_ids
     assert (

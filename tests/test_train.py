@@ -67,10 +67,10 @@ def test_the_loop_equals_a_plain_one_for_any_split(options, lab, tiny_tokenizer,
     model, steps = plain_training(plan, (score_ids, options))
     with torch.no_grad():
         ce, squared = plain_loss(model, examples[:5], score_ids, "")
-    last = sum(e.supervised for e in plan[-1])  # which are looked at once more: are the weights spoilt?
+    last = sum(e.n_supervised for e in plan[-1])  # which are looked at once more: are the weights spoilt?
     seen = []  # rows that the head is applied to at once: never a prompt's, never more than MAX_LOGITS
-    logits = stage1_train.score_logits
-    monkeypatch.setattr(stage1_train, "score_logits", lambda *x: seen.append(len(x[1])) or logits(*x))
+    logits = stage1_train.next_token_logits
+    monkeypatch.setattr(stage1_train, "next_token_logits", lambda *x: seen.append(len(x[1])) or logits(*x))
     command = ["stage1_train", "--data", data, "--valid", valid, "--epochs", 2, "--seed", 3, *options.split()]
     command += ["--lr", 1e-3, "--warmup", 0.2, "--weight-decay", 0.1]
     for batch_size, accumulation, most in SPLITS:
@@ -79,7 +79,7 @@ def test_the_loop_equals_a_plain_one_for_any_split(options, lab, tiny_tokenizer,
         seen.clear()
         lab.run(*command, "--batch-size", batch_size, "--accumulation", accumulation, "--out", out)
         assert max(seen) <= most and sum(seen) - last == 2 * sum(
-            e.supervised for e in examples + examples[:5]
+            e.n_supervised for e in examples + examples[:5]
         )
         log = lab.read(f"{out.name}/log.jsonl")
         for line, (loss, norm, rate) in zip(log, steps, strict=True):

@@ -12,7 +12,7 @@ runs.py         what a run leaves behind, and how it ends; settings.py: what dec
 examples.py     what comes before a training: data, examples, the plan of its steps
 training.py     what surrounds it: optimiser, log, state, signals
 curves.py       what it logged, drawn; card.py: the page about a checkpoint
-scores.py       what eval.py reads and leaves behind: predictions, tables, a figure; page.py: report.html
+scores.py       what eval.py reads; report.py: what it leaves behind; page.py: report.html
 intervals.py    how far to trust a score: split conformal intervals
 pairs.py        pairs of responses, decided by scores that were given one by one
 ranks.py        several processes under torchrun

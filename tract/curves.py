@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders OUT of trainings, ended or under way")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="PNG file to write")
     args = parser.parse_args()
-    runs.check_out(args)
+    runs.check_out(args.out)
     figure = draw({str(out): read_log(out) for out in args.runs})
     runs.write_whole(args.out, figure.savefig)
 

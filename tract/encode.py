@@ -21,6 +21,100 @@ DATE = "26 Jul 2024"
 SAME_DATE = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro %}\n"
 
 
+class Example(NamedTuple):  # one training sequence
+    id: str
+    ids: array  # int32
+    start: int  # the tokens from here on carry loss, those before are the prompt
+    score_position: int  # index of the score token in `ids`; the logits one before it predict the score
+    score: float  # the real-valued target of the squared error
+
+    @property
+    def n_supervised(self) -> int:
+        return len(self.ids) - self.start
+
+
+def encode(tokenizer, record: dict, grid: Grid, score_ids: list[int], no_cot: bool = False) -> Example:
+    """Encode a record with `prompt`, `cot` and `score` as a training sequence. Raises InputError.
+
+    Without CoT the suffix is always given, never predicted: only score and end of sequence carry loss.
+    """
+    prompt_ids = encode_prompt(tokenizer, record["prompt"])
+    nearest = grid.nearest(record["score"])  # index of the grid point whose token stands in the text
+    cot = "" if no_cot else record["cot"]
+    target = encode_target(tokenizer, cot, grid.tokens[nearest], grid.suffix)
+    if target[-1] != score_ids[nearest]:
+        raise InputError(f"record {record['id']!r}: its score became token {target[-1]}; change its cot")
+    ids = array("i", [*prompt_ids, *target, tokenizer.eos_token_id])
+    score_position = len(ids) - 2
+    start = score_position if no_cot else len(prompt_ids)
+    return Example(record["id"], ids, start, score_position, float(record["score"]))
+
+
+def encode_target(tokenizer, cot: str, score_token: str, suffix: str) -> list[int]:
+    """Tokenise CoT, suffix and score (the last token) as one text, without end of sequence.
+
+    The prompt is tokenised by itself, so no token straddles the border, in training and generation alike.
+    """
+    text = cot.strip() + suffix + score_token
+    return encode_text(tokenizer, text.lstrip())  # without a CoT, the leading space of the suffix goes
+
+
+def encode_prefix(tokenizer, prompt_ids: list[int], cot: str, grid: Grid) -> list[int]:
+    """Return the ids up to the position that predicts the score: prompt, CoT ("" for none) and suffix."""
+    some_score = grid.tokens[0]  # it is cut off again
+    return prompt_ids + encode_target(tokenizer, cot, some_score, grid.suffix)[:-1]
+
+
+def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
+    """Return what the suffix becomes after a CoT, up to the score, and the token id of each score.
+
+    A sample CoT with suffix and score is tokenised: its last token is the score; what precedes that, after
+    the CoT, is the suffix. This works where the space melts into the digit (GPT-2: " 4") and where it is a
+    token of its own (Mistral, Llama-3). Raises InputError where scores do not differ in just that token.
+    """
+    name = tokenizer.name_or_path or "tokenizer"
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{name}: has no end-of-sequence token; add one to its tokenizer_config.json")
+    cot = "The answer is good."
+    first = encode_target(tokenizer, cot, grid.tokens[0], grid.suffix)
+    score_ids = []
+    for token in grid.tokens:
+        ids = encode_target(tokenizer, cot, token, grid.suffix)
+        same_before = ids[:-1] == first[:-1]
+        is_known = ids[-1] != tokenizer.unk_token_id
+        is_new = ids[-1] not in score_ids
+        if not (same_before and is_known and is_new):
+            what = f"{name}: scores {grid.tokens[0]!r} and {token!r} do not differ in exactly one token"
+            remedy = "name each by one: --grid 1,2,3,4,5,6,7,8,9,0=10 for 1 to 10, or letters, A=1,B=2,C=3"
+            raise InputError(f"{what} ({first[-3:]}, {ids[-3:]}); {remedy}")
+        score_ids.append(ids[-1])
+    if len(first) < 2:
+        raise InputError(f"{name}: its tokenizer knows no word of the suffix; is it the model's own?")
+    cot_ids = encode_text(tokenizer, cot)
+    n_shared = 0  # how many tokens begin both; the last one of the CoT may have merged with the suffix
+    while n_shared < len(cot_ids) and cot_ids[n_shared] == first[n_shared]:
+        n_shared += 1
+    return first[n_shared:-1], score_ids
+
+
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Tokenise a prompt in its chat template, ready for the answer, with one BOS where the model has one."""
+    before, after = template_halves(tokenizer)
+    prompt = prompt.strip()  # as most templates do by themselves
+    if any(token in prompt for token in control_tokens(tokenizer).values()):
+        # Tokenise the template's halves apart from the prompt: only they may hold control tokens
+        ids = tokenizer(before, add_special_tokens=False).input_ids + encode_text(tokenizer, prompt)
+        ids += tokenizer(after, add_special_tokens=False).input_ids
+    else:  # as one text, which is what the model knows from its own training
+        ids = tokenizer(before + prompt + after, add_special_tokens=False).input_ids
+    bos = tokenizer.bos_token_id
+    # Some templates write BOS themselves, some leave it to the tokenizer, and a few models (Qwen) use none
+    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    if adds_bos and ids[:1] != [bos]:
+        ids = [bos, *ids]
+    return ids
+
+
 def template_halves(tokenizer) -> tuple[str, str]:
     """Return what the chat template puts before and after a prompt, up to the answer. Raises InputError."""
     if not tokenizer.chat_template:
@@ -50,18 +144,7 @@ def thinking_setting(tokenizer) -> bool | None:
     return False if asks else None
 
 
-def control_tokens(tokenizer) -> dict[int, str]:
-    """Return the tokens that only a chat template may write, such as </s> and <think>, by id.
-
-    These are the special ones, and what was added to the vocabulary and looks like markup. To some
-    vocabularies words and runs of spaces were added, too: these are text.
-    """
-    added = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items()}
-    added = {id: token for id, token in added.items() if MARKUP.fullmatch(token)}
-    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-
-
-def text_ids(tokenizer, text: str) -> list[int]:
+def encode_text(tokenizer, text: str) -> list[int]:
     """Tokenise somebody's text, in which "</s>" or "<think>" is text: it can't become a control token."""
     control = control_tokens(tokenizer)
     # split_special_tokens breaks up the special ones; all other control tokens have to be cut by hand
@@ -71,6 +154,17 @@ def text_ids(tokenizer, text: str) -> list[int]:
         ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
     # Only a word-level vocabulary, which has a token for unknown words, still finds control tokens as words
     return [tokenizer.unk_token_id if id in control else id for id in ids]
+
+
+def control_tokens(tokenizer) -> dict[int, str]:
+    """Return the tokens that only a chat template may write, such as </s> and <think>, by id.
+
+    These are the special ones, and what was added to the vocabulary and looks like markup. To some
+    vocabularies words and runs of spaces were added, too: these are text.
+    """
+    added = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items()}
+    added = {id: token for id, token in added.items() if MARKUP.fullmatch(token)}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
 def cut_inside(text: str, tokens: Iterable[str]) -> list[str]:
@@ -87,97 +181,3 @@ def cut_inside(text: str, tokens: Iterable[str]) -> list[str]:
         pieces.append(text[start:end])
         start = end
     return pieces
-
-
-def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    """Tokenise a prompt in its chat template, ready for the answer, with one BOS where the model has one."""
-    before, after = template_halves(tokenizer)
-    prompt = prompt.strip()  # as most templates do by themselves
-    if any(token in prompt for token in control_tokens(tokenizer).values()):
-        # Tokenise the template's halves apart from the prompt: only they may hold control tokens
-        ids = tokenizer(before, add_special_tokens=False).input_ids + text_ids(tokenizer, prompt)
-        ids += tokenizer(after, add_special_tokens=False).input_ids
-    else:  # as one text, which is what the model knows from its own training
-        ids = tokenizer(before + prompt + after, add_special_tokens=False).input_ids
-    bos = tokenizer.bos_token_id
-    # Some templates write BOS themselves, some leave it to the tokenizer, and a few models (Qwen) use none
-    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
-    if adds_bos and ids[:1] != [bos]:
-        ids = [bos, *ids]
-    return ids
-
-
-def target_ids(tokenizer, cot: str, score_token: str, suffix: str) -> list[int]:
-    """Tokenise CoT, suffix and score (the last token) as one text, without end of sequence.
-
-    The prompt is tokenised by itself, so no token straddles the border, in training and generation alike.
-    """
-    text = cot.strip() + suffix + score_token
-    return text_ids(tokenizer, text.lstrip())  # without a CoT, the leading space of the suffix goes
-
-
-def prefix_ids(tokenizer, prompt: list[int], cot: str, grid: Grid) -> list[int]:
-    """Return the ids up to the position that predicts the score: prompt, CoT ("" for none) and suffix."""
-    some_score = grid.tokens[0]  # it is cut off again
-    return prompt + target_ids(tokenizer, cot, some_score, grid.suffix)[:-1]
-
-
-def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
-    """Return what the suffix becomes after a CoT, up to the score, and the token id of each score.
-
-    A sample CoT with suffix and score is tokenised: its last token is the score; what precedes that, after
-    the CoT, is the suffix. This works where the space melts into the digit (GPT-2: " 4") and where it is a
-    token of its own (Mistral, Llama-3). Raises InputError where scores do not differ in just that token.
-    """
-    name = tokenizer.name_or_path or "tokenizer"
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{name}: has no end-of-sequence token; add one to its tokenizer_config.json")
-    cot = "The answer is good."
-    first = target_ids(tokenizer, cot, grid.tokens[0], grid.suffix)
-    score_ids = []
-    for token in grid.tokens:
-        ids = target_ids(tokenizer, cot, token, grid.suffix)
-        same_before = ids[:-1] == first[:-1]
-        is_known = ids[-1] != tokenizer.unk_token_id
-        is_new = ids[-1] not in score_ids
-        if not (same_before and is_known and is_new):
-            what = f"{name}: scores {grid.tokens[0]!r} and {token!r} do not differ in exactly one token"
-            remedy = "name each by one: --grid 1,2,3,4,5,6,7,8,9,0=10 for 1 to 10, or letters, A=1,B=2,C=3"
-            raise InputError(f"{what} ({first[-3:]}, {ids[-3:]}); {remedy}")
-        score_ids.append(ids[-1])
-    if len(first) < 2:
-        raise InputError(f"{name}: its tokenizer knows no word of the suffix; is it the model's own?")
-    cot_ids = text_ids(tokenizer, cot)
-    n_shared = 0  # how many tokens begin both; the last one of the CoT may have merged with the suffix
-    while n_shared < len(cot_ids) and cot_ids[n_shared] == first[n_shared]:
-        n_shared += 1
-    return first[n_shared:-1], score_ids
-
-
-class Example(NamedTuple):  # one training sequence
-    id: str
-    ids: array  # int32
-    start: int  # the tokens from here on carry loss, those before are the prompt
-    score_position: int  # index of the score token in `ids`; the logits one before it predict the score
-    score: float  # the real-valued target of the squared error
-
-    @property
-    def supervised(self) -> int:
-        return len(self.ids) - self.start
-
-
-def encode(tokenizer, record: dict, grid: Grid, score_ids: list[int], no_cot: bool = False) -> Example:
-    """Encode a record with `prompt`, `cot` and `score` as a training sequence. Raises InputError.
-
-    Without CoT the suffix is always given, never predicted: only score and end of sequence carry loss.
-    """
-    prompt = prompt_ids(tokenizer, record["prompt"])
-    nearest = grid.nearest(record["score"])  # index of the grid point whose token stands in the text
-    cot = "" if no_cot else record["cot"]
-    target = target_ids(tokenizer, cot, grid.tokens[nearest], grid.suffix)
-    if target[-1] != score_ids[nearest]:
-        raise InputError(f"record {record['id']!r}: its score became token {target[-1]}; change its cot")
-    ids = array("i", [*prompt, *target, tokenizer.eos_token_id])
-    score_position = len(ids) - 2
-    start = score_position if no_cot else len(prompt)
-    return Example(record["id"], ids, start, score_position, float(record["score"]))

@@ -17,7 +17,9 @@ from tract.records import InputError, read_records
 
 
 def check_options(args) -> None:
-    """Refuse options that do not go together with each other or with the model. Raises InputError."""
+    """Refuse an --out that is there, and options that do not go with each other or the model: InputError."""
+    if not args.dry_run:
+        runs.check_out(args.out)
     if args.fsdp and (args.lora or not ranks.launched()):
         raise InputError("--fsdp: spreads all weights (--full) over the processes that torchrun starts")
     if args.score_weight is not None and args.score_ce == "none":
@@ -100,7 +102,6 @@ def fetch_data(args, path: Path) -> None:
     """Run the prepare.py beside the default data where these are not there yet: they are large."""
     ranks.join()
     if not path.is_file():  # look at the rest first
-        runs.check_out(args)
         check_options(args)
         models.load_tokenizer(args.model)
         prepare = path.with_name("prepare.py")

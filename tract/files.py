@@ -74,7 +74,7 @@ class Output:
 
     def __init__(self, args):
         """Refuse an --out that is there already. Raises InputError."""
-        runs.check_out(args)
+        runs.check_out(args.out)
         self.run_json = Path(f"{str(args.out).removesuffix('.jsonl')}.run.json")
         if self.run_json.exists() and not Path(f"{args.out}.part").exists():
             raise InputError(f"{self.run_json}: is there already, and of another file; choose another --out")

@@ -7,7 +7,7 @@ import json
 from typing import NoReturn
 
 from tract import hub, intervals
-from tract.encode import prefix_ids, prompt_ids
+from tract.encode import encode_prefix, encode_prompt
 from tract.files import check_options, longest_prompt, writes_cots
 from tract.options import choose_grid, make_judging_parser
 from tract.records import PREDICTED, InputError, predicted, records_of, significant
@@ -20,7 +20,7 @@ NEEDS = {  # --given → fields that records must have
 }
 
 
-def ready_cots_of(tokenizer, record: dict, prompt: list[int], args) -> list[Cot]:
+def ready_cots_of(tokenizer, record: dict, prompt_ids: list[int], args) -> list[Cot]:
     """Return the CoTs that a record has (--given), for --no-cot an empty one, without scores."""
     if args.given == "cots":
         texts = record["cots"]
@@ -30,7 +30,7 @@ def ready_cots_of(tokenizer, record: dict, prompt: list[int], args) -> list[Cot]
         finished = [True]
     cots = []
     for text, is_finished in zip(texts, finished, strict=True):
-        ids = prefix_ids(tokenizer, prompt, text, args.grid)  # prompt, CoT and suffix
+        ids = encode_prefix(tokenizer, prompt_ids, text, args.grid)  # prompt, CoT and suffix
         cots.append(Cot(text, is_finished, ids))
     return cots
 
@@ -112,7 +112,7 @@ class Judge:
         prompts = []
         cots = []  # of each record
         for number, row in enumerate(rows, 1):
-            prompts.append(prompt_ids(self.model.tokenizer, row["prompt"]))
+            prompts.append(encode_prompt(self.model.tokenizer, row["prompt"]))
             length = len(prompts[-1])
             if not writes:
                 cots.append(ready_cots_of(self.model.tokenizer, row, prompts[-1], self.args))

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.utils import logging
 
 from tract.adapters import add_lora, four_bit_options, load_adapter, merge
-from tract.encode import prompt_ids
+from tract.encode import encode_prompt
 from tract.hub import base_of, folder_of, is_four_bit, one_line, place_of, refusal, resolve
 from tract.ranks import refuse_dropout
 from tract.records import ROOT, Grid, InputError
@@ -56,7 +56,9 @@ def check_ids(name: str, tokenizer, config) -> None:
     """Refuse token ids beyond the embeddings, but for added tokens that nothing ever writes."""
     added = tokenizer.added_tokens_decoder
     largest = max(id for id in tokenizer.get_vocab().values() if id not in added)
-    largest = max(largest, *prompt_ids(tokenizer, "a"), tokenizer.eos_token_id or 0, config.pad_token_id or 0)
+    largest = max(
+        largest, *encode_prompt(tokenizer, "a"), tokenizer.eos_token_id or 0, config.pad_token_id or 0
+    )
     if largest >= config.vocab_size:
         what = f"token {largest} is beyond the {config.vocab_size} embeddings of the model"
         raise InputError(f"{name}: {what}; give it the tokenizer and the pad_token_id that it came with")
@@ -142,7 +144,7 @@ def head(model, hidden_states: Tensor) -> Tensor:
     return model.get_output_embeddings()(hidden_states)  # (..., D) → (..., V)
 
 
-def score_logits(model, hidden_states: Tensor, score_ids: Tensor) -> Tensor:
+def next_token_logits(model, hidden_states: Tensor, score_ids: Tensor) -> Tensor:
     """Return the logits of positions that may predict a score, (..., D) → (..., V), in fp32.
 
     A logit near 30 has steps of .125 in bf16: likely scores would tie, and their expectation be blurred. So

@@ -17,7 +17,8 @@ import numpy as np
 
 from tract import runs
 from tract.records import InputError, off_grid_line
-from tract.scores import Predictions, count_tied, print_table
+from tract.report import table
+from tract.scores import Predictions, count_tied
 
 NAMES = ("accuracy", "ties", "decoded", "ties_decoded", "above", "log_loss")
 
@@ -43,13 +44,13 @@ def evaluate(files: dict[str, Predictions], resamples: int, seed: int, interval:
         judged = [row for pair in pairs for row in pair]
         off_grid = off_grid_line(judged, grid)
         print(f"likeliest score tied in {count_tied(judged)} of {len(judged)} records; {off_grid}\n")
-        table = []
+        rows_of_table = []
         entries = []
         for section, subset, n, samples in compare(pairs, resamples, seed):
             intervals = {name: interval(values) for name, values in samples.items()}
-            table.append([section, subset, n, *intervals.values()])
+            rows_of_table.append([section, subset, n, *intervals.values()])
             entries.append({"section": section, "subset": subset, "pairs": n} | intervals)
-        print_table(["section", "subset", "pairs", *NAMES], table)
+        print(table(["section", "subset", "pairs", *NAMES], rows_of_table), end="")
         report["files"][path] = entries
     return report
 

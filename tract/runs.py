@@ -108,7 +108,7 @@ def begin(args: argparse.Namespace) -> tuple[Path, dict, IO]:
     except BlockingIOError:
         what = "another process is writing this output; wait, or choose another"
         raise InputError(f"{lock.name}: {what}") from None
-    check_out(args)  # again, for another process may have finished it
+    check_out(args.out)  # again, for another process may have finished it
     # Where nothing was done yet, anything may have changed: a model that could not be loaded was mended
     nothing_done = {path.name for path in part.glob("*")} <= {lock_file.name, settings_file.name}
     earlier = read_json(settings_file)
@@ -132,13 +132,13 @@ def finish(part: Path, out: Path) -> None:
     shutil.rmtree(part)
 
 
-def check_out(args: argparse.Namespace) -> None:
+def check_out(out: Path) -> None:
     """Refuse an --out that is there already: nothing is ever written over. Raises InputError."""
-    if os.path.lexists(args.out) and not getattr(args, "dry_run", False):
-        raise InputError(f"{args.out}: is there already; choose another --out, or remove it")
-    for parent in Path(args.out).absolute().parents:
+    if os.path.lexists(out):
+        raise InputError(f"{out}: is there already; choose another --out, or remove it")
+    for parent in out.absolute().parents:
         if parent.exists() and not parent.is_dir():
-            raise InputError(f"{args.out}: {parent} is a file, no folder; choose another --out")
+            raise InputError(f"{out}: {parent} is a file, no folder; choose another --out")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -1,10 +1,5 @@
-"""What eval.py reads and leaves behind: files of predictions, counts, tables, a figure. Skip it at first."""
+"""What eval.py reads: files of predictions, their grids, what is in them. Skip this file at first."""
 
-import argparse
-import io
-import json
-import tempfile
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,7 +88,7 @@ def read_run_json(path: str) -> dict:
     return arguments | {"inputs": run.get("inputs", {})} if belongs else {}
 
 
-def describe(path: str, file: Predictions, common: Predictions) -> dict:
+def count(path: str, file: Predictions, common: Predictions) -> dict:
     """Return what a file is, how many of its records are not in `common` and why, and how sound those are."""
     rows, grid = common
     scored = [row for row in file.rows if row.get("score") is not None]
@@ -132,78 +127,3 @@ def reliability(rows: list[dict], grid: Grid, bins: int = 10) -> list[dict]:
             point = {"score": token, "n": int(inside.sum()), "predicted": float(probs[inside, s].mean())}
             points.append(point | {"observed": float((true[inside] == s).mean())})
     return points
-
-
-def print_table(head: list[str], rows: list[list]) -> None:
-    """Print a Markdown table and an empty line; a cell is a text, a number, an interval or None."""
-    lines = [head, ["---"] * len(head), *[[cell_text(value) for value in row] for row in rows]]
-    widths = [max(len(text) for text in column) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print(f"| {' | '.join(map(str.ljust, line, widths))} |")
-    print()
-
-
-def print_columns(columns: dict[str, dict]) -> None:
-    """Print a table, a column an entry and a row a metric; where a column has none, its cell is empty."""
-    names = dict.fromkeys(name for column in columns.values() for name in column)
-    rows = [[name, *(column.get(name) for column in columns.values())] for name in names]
-    print_table(["", *columns], rows)
-
-
-def cell_text(value: dict | float | str | None) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    if not isinstance(value, dict):
-        return "" if value is None else str(value)
-    return "undefined" if value["value"] is None else "{value:.3f} [{low:.3f}, {high:.3f}]".format(**value)
-
-
-def draw(common: dict[str, Predictions], report: dict) -> bytes:
-    """Return a PNG, a column a file: predicted against true score, and how reliable the distributions are."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["text.parse_math"] = False  # a $ in the name of a file or a score is no formula
-    figure, axes = plt.subplots(2, len(common), figsize=(4 * len(common), 7.4), squeeze=False, layout="tight")
-    for (path, (rows, grid)), top, bottom in zip(common.items(), *axes, strict=True):
-        true = np.array([row["score"] for row in rows], dtype=float)
-        values = np.array([row["prediction"] for row in rows], dtype=float)
-        jitter = np.random.default_rng(0).uniform(-0.02, 0.02, len(true)) * np.ptp(grid.values)
-        top.plot(true + jitter, values, ".", alpha=0.25, markeredgewidth=0)
-        levels = np.unique(true)
-        if len(levels) <= 20:
-            means = [values[true == level].mean() for level in levels]
-            top.plot(levels, means, "o-", color="black", label="mean prediction")
-        top.plot(grid.values, grid.values, "--", color="gray", label="prediction = true score")
-        top.set(xlabel="true score", ylabel="prediction")
-        top.set_title(path[-50:], fontsize=8)  # a column has no room for more
-        for token in grid.tokens:
-            points = [p for p in report["files"][path]["reliability"] if p["score"] == token and p["n"] >= 10]
-            observed = [p["observed"] for p in points]
-            bottom.plot([p["predicted"] for p in points], observed, ".-", label=f"score {token}")
-        bottom.plot([0, 1], [0, 1], "--", color="gray")
-        bottom.set(xlabel="p(score), predicted", ylabel="share of records with that score")
-    for axis in axes.flat:
-        axis.legend(frameon=False, fontsize=8)
-    png = io.BytesIO()
-    with warnings.catch_warnings(action="ignore"):  # of letters that the font has not: they become boxes
-        figure.savefig(png, dpi=110)
-    plt.close(figure)
-    return png.getvalue()
-
-
-def write(args: argparse.Namespace, report: dict, figure: bytes | None = None, page: str = "") -> None:
-    """Write metrics.json and, with a figure, figure.png and report.html to a new args.out, all or none."""
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside --out, under a name of its own: what a killed run or another one leaves is in nobody's way
-    with tempfile.TemporaryDirectory(prefix=f"{args.out.name}.part-", dir=args.out.parent) as part:
-        whole = Path(part) / "eval"
-        whole.mkdir()
-        runs.write_whole(whole / "metrics.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-        if figure is not None:
-            runs.write_whole(whole / "figure.png", lambda out: out.write(figure))
-            runs.write_whole(whole / "report.html", page)
-        runs.check_out(args)  # again, for another eval.py may have made it
-        whole.rename(args.out)

@@ -9,7 +9,9 @@ from tract.hub import sha256
 from tract.records import ROOT
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft")
-READS_RESULTS = {"eval.py", "scores.py", "page.py", "pairs.py", "curves.py", "card.py"}  # and makes none
+READS_RESULTS = {
+    f"{name}.py" for name in "eval scores report page pairs curves card".split()
+}  # and makes none
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("tract/*.py"), *ROOT.glob("tract/*.txt")]
 CODE = sorted(path for path in FILES if path.name not in READS_RESULTS)
 FREE = {"out", "dry_run", "save_every", "model", "engine_args"}  # do not decide, or not by themselves

@@ -24,8 +24,8 @@ from transformers import DynamicCache
 from loss import Rail, rail
 from tract import models, runs
 from tract.batch import READ, Batch, join, keep, left_pad, read_prompts
-from tract.encode import prefix_ids, score_tokens
-from tract.models import decode, device, head, score_logits
+from tract.encode import encode_prefix, score_tokens
+from tract.models import decode, device, head, next_token_logits
 from tract.records import Grid
 
 NUCLEUS = 256  # tokens that nearly always hold the nucleus; where not, the whole vocabulary is sorted
@@ -149,7 +149,7 @@ def write(judge: Loaded, prompts: list[list[int]], names: list[str], args, at_on
 
 def read_scores(judge: Loaded, hidden: Tensor) -> list[Rail]:
     """Read the score distributions that hidden states (B, D) predict, as plain numbers."""
-    logits = score_logits(judge.model, hidden, judge.scores["score_ids"])
+    logits = next_token_logits(judge.model, hidden, judge.scores["score_ids"])
     expected, off_grid, probs = (values.tolist() for values in rail(logits, **judge.scores))
     return [Rail(*row) for row in zip(expected, off_grid, probs, strict=True)]
 
@@ -189,11 +189,11 @@ def write_cots(judge: Loaded, records: list[dict], prompts: list, args, at_once:
         prompt = prompts[number // num_cots]
         text = judge.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         text, found_suffix, _ = text.partition(judge.grid.suffix.strip())
-        wanted = prefix_ids(judge.tokenizer, prompt, text, judge.grid)
+        wanted = encode_prefix(judge.tokenizer, prompt, text, judge.grid)
         while len(wanted) >= judge.tokenizer.positions:
             # Half a character, where a CoT was cut off, takes more ids than were written: leave it out
             text = text[:-1]
-            wanted = prefix_ids(judge.tokenizer, prompt, text, judge.grid)
+            wanted = encode_prefix(judge.tokenizer, prompt, text, judge.grid)
         # A CoT without suffix, or one that training would encode otherwise, has to be read again
         valid_scores = scores if wanted == prompt + ids else None
         cots.append(Cot(text.strip(), bool(found_suffix), wanted, valid_scores))

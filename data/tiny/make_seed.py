@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.prepare_helpers import check_new, whole_folder
 from data.tiny.prepare import WORDS, sample
 from tract import runs
-from tract.encode import prompt_ids, target_ids
+from tract.encode import encode_prompt, encode_target
 from tract.records import SUFFIX
 
 HERE = Path(__file__).resolve().parent
@@ -106,8 +106,8 @@ def main() -> None:
     examples = []
     for _ in range(32 * args.steps):
         record = sample(rng, random_verdict=True)
-        prompt = prompt_ids(tokenizer, record["prompt"])
-        text = prompt + target_ids(tokenizer, record["cot"], "1", SUFFIX)[:-1]  # it ends before the score
+        prompt = encode_prompt(tokenizer, record["prompt"])
+        text = prompt + encode_target(tokenizer, record["cot"], "1", SUFFIX)[:-1]  # it ends before the score
         examples.append((text, len(prompt)))
     model = make_model(tokenizer, args.seed, args.hidden, args.layers)
     ce = pretrain(model, examples, 32, args.lr)
