@@ -14,7 +14,7 @@ from tract.encode import encode_prompt
 from tract.files import Output, read_data, tokenising, writes_cots
 from tract.judge import NEEDS, predict_from, ready_cots_of
 from tract.options import choose_grid, make_judging_parser
-from tract.records import off_grid_line
+from tract.scores import off_grid_line
 from tract.writing import load_judge, write_cots
 
 

@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 
 import eval
 from tract import scores
-from tract.records import Grid, InputError, off_grid_line
+from tract.records import Grid, InputError
+from tract.scores import off_grid_line
 
 WIDE = "1=0,2=25,3=50,4=75,5=100"
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from tract import runs
-from tract.records import InputError, off_grid_line
+from tract.records import InputError
 from tract.report import table
-from tract.scores import Predictions, count_tied
+from tract.scores import Predictions, count_tied, off_grid_line
 
 NAMES = ("accuracy", "ties", "decoded", "ties_decoded", "above", "log_loss")
 

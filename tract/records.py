@@ -35,7 +35,6 @@ from tract.checks import EXTRAS, check_record
 from tract.prompt import PARTS, SUFFIX, render_prompt
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
-OFF_GRID = 0.05  # mean off-grid mass above which predictions are not on the scale any more
 # What predict.py adds, and what it does not take over from an earlier judge
 PREDICTED = ("score_probs", "off_grid", "renormalised", "prediction", "decoded", "low", "high")
 GRIDS = "as in 1,2,3,4,5 or 1=0,3=50,5=100; for 1 to 10: 1,2,3,4,5,6,7,8,9,0=10 or letters, A=1,B=2,…"
@@ -104,28 +103,6 @@ def predicted(
         decoded.append(sum(likeliest) / len(likeliest))
     prediction = significant(sum(expected) / len(expected)) if expected else None
     return prediction, sum(decoded) / len(decoded)
-
-
-def off_grid_line(rows: list[dict], grid: Grid) -> str:
-    """Return a line on the mean off-grid mass of judged records, with what to do where predictions suffer.
-
-    rows: as predict.py writes them. What was not renormalised lies lower by the mass off the grid.
-    """
-    off_grid = [sum(row["off_grid"]) / len(row["off_grid"]) for row in rows]
-    mean = sum(off_grid) / len(rows)
-    line = f"mean off-grid mass {mean:.4f}"
-    if any(row["renormalised"] for row in rows):
-        return line
-    below = 0
-    for row, mass in zip(rows, off_grid, strict=True):
-        if mass > OFF_GRID and row["prediction"] < grid.values[0]:
-            below += 1
-    if mean <= OFF_GRID and not below:
-        return line
-    line += ": as much of every score is missing"
-    if below:
-        line += f"; {below} predictions lie below {grid.values[0]:g}"
-    return f"{line}. --renormalise divides by the mass on the grid"
 
 
 def significant(number: float) -> float:

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tract import intervals, runs
-from tract.records import off_grid_line
-from tract.scores import Predictions
+from tract.scores import Predictions, off_grid_line
 
 
 def describe(report: dict, common: dict[str, Predictions]) -> str:

@@ -9,6 +9,8 @@ from tract import runs
 from tract.hub import sha256
 from tract.records import Grid, InputError, parse_line, predicted, read_records
 
+OFF_GRID = 0.05  # mean off-grid mass above which predictions are not on the scale any more
+
 
 class Predictions(NamedTuple):
     """Hold records of a file of predict.py, and the score grid that they are on."""
@@ -113,6 +115,28 @@ def count(path: str, file: Predictions, common: Predictions) -> dict:
 def count_tied(rows: list[dict]) -> int:
     """Return in how many records several scores are equally likely, and likeliest, after one of the CoTs."""
     return len([row for row in rows if any(probs.count(max(probs)) > 1 for probs in row["score_probs"])])
+
+
+def off_grid_line(rows: list[dict], grid: Grid) -> str:
+    """Return a line on the mean off-grid mass of judged records, with what to do where predictions suffer.
+
+    rows: as predict.py writes them. What was not renormalised lies lower by the mass off the grid.
+    """
+    off_grid = [sum(row["off_grid"]) / len(row["off_grid"]) for row in rows]
+    mean = sum(off_grid) / len(rows)
+    line = f"mean off-grid mass {mean:.4f}"
+    if any(row["renormalised"] for row in rows):
+        return line
+    below = 0
+    for row, mass in zip(rows, off_grid, strict=True):
+        if mass > OFF_GRID and row["prediction"] < grid.values[0]:
+            below += 1
+    if mean <= OFF_GRID and not below:
+        return line
+    line += ": as much of every score is missing"
+    if below:
+        line += f"; {below} predictions lie below {grid.values[0]:g}"
+    return f"{line}. --renormalise divides by the mass on the grid"
 
 
 def reliability(rows: list[dict], grid: Grid, bins: int = 10) -> list[dict]:
