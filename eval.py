@@ -29,7 +29,7 @@ from scipy import stats
 from tract import intervals, page, pairs, runs
 from tract.records import InputError
 from tract.report import describe, draw, write
-from tract.scores import Predictions, count, read_predictions
+from tract.scores import Predictions, count, groups_of, read_predictions
 
 KINDS = ("prediction", "decoded")  # CoT-RAIL, and the most likely score
 
@@ -114,13 +114,22 @@ def against_others(rows: list[dict], kind: str | None = None) -> dict | None:
 
 
 # The bootstrap: every metric anew on resamples of the records, drawn with replacement
-def draw_resamples(n: int, resamples: int, seed: int) -> np.ndarray:
-    """Return the indices (1 + resamples, n) of the records in each resample; row 0 is the data itself."""
-    drawn = np.random.default_rng(seed).integers(0, n, (resamples, n))
-    return np.vstack([np.arange(n), drawn])
+def draw_resamples(groups: list, resamples: int, seed: int) -> list[np.ndarray]:
+    """Return the indices of the records in each resample; entry 0 is the data itself.
+
+    groups: which group each record is of (n,). Whole groups are drawn: records of one are alike, and would
+    be counted as more evidence than they are. A record that is alike to no other is a group of its own.
+    """
+    members = {}  # group → indices of its records
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    members = list(members.values())
+    drawn = np.random.default_rng(seed).integers(0, len(members), (resamples, len(members)))
+    picks = [[index for number in numbers for index in members[number]] for numbers in drawn]
+    return [np.array(pick) for pick in [range(len(groups)), *picks]]
 
 
-def bootstrap(file: Predictions, kind: str, picks: np.ndarray) -> dict[str, np.ndarray]:
+def bootstrap(file: Predictions, kind: str, picks: list[np.ndarray]) -> dict[str, np.ndarray]:
     """Return every metric's values (1 + resamples,): on the data, then on each resample.
 
     kind: the score to judge by, one of KINDS. picks: what draw_resamples returns.
@@ -177,15 +186,21 @@ def keep_common(files: dict[str, Predictions]) -> dict[str, Predictions]:
     return common
 
 
-def compare(files: dict, common: dict[str, Predictions], resamples: int, seed: int) -> dict:
+def compare(
+    files: dict, common: dict[str, Predictions], resamples: int, seed: int, group: str | None = None
+) -> dict:
     """Return what metrics.json holds: all metrics of every file, and their differences to the first file.
 
-    files: all records of each file, by its path. common: those that are compared, from keep_common.
+    files: all records of each file, by its path. common: those that are compared, from keep_common. group:
+    the field that says which records belong together; None: none do.
     """
     first = next(iter(common))
     n = len(common[first].rows)
-    picks = draw_resamples(n, resamples, seed)  # one for all files: so differences are paired
+    groups = list(range(n)) if group is None else groups_of(common[first].rows, group)
+    picks = draw_resamples(groups, resamples, seed)  # the same for all files: so differences are paired
     report = {"reference": first, "evaluated": n, "resamples": resamples, "seed": seed, "files": {}}
+    if group is not None:
+        report |= {"group": group, "groups": len(set(groups))}
     report["one_rater"] = against_others(common[first].rows)
     samples = {}  # path → kind → metric → values (1 + resamples,)
     for path, file in common.items():
@@ -217,6 +232,7 @@ def main() -> None:
     add("--grid", help="other values for the same score tokens; None: the grid that the file says")
     add("--cots", type=runs.COUNT, help="use the first so many CoTs of each record; None: all")
     add("--pairs", action="store_true", help="judge pairs of records: see the fields pair and chosen")
+    add("--group", metavar="FIELD", help="resample whole groups: records with the same text in this field")
     add("--renormalise", action="store_true", help="divide expected scores by their mass on the grid")
     add("--resamples", type=runs.COUNT, default=1000, help="bootstrap resamples of the records")
     add("--seed", type=runs.SEED, default=0, help="random seed of the bootstrap")
@@ -227,11 +243,13 @@ def main() -> None:
     files = {}
     for path in args.predictions:
         files[path] = read_predictions(path, args.grid, args.cots, args.renormalise)
+    if args.pairs and args.group:
+        raise InputError("--group: pairs are resampled as they are; leave it away with --pairs")
     if args.pairs:
         write(args.out, pairs.evaluate(files, args.resamples, args.seed, interval))
         return
     common = keep_common(files)
-    report = compare(files, common, args.resamples, args.seed)
+    report = compare(files, common, args.resamples, args.seed, args.group)
     figure = draw(common, report)
     text = describe(report, common)
     write(args.out, report, figure, page.render(common, text, figure))

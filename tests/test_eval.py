@@ -107,6 +107,31 @@ def test_other_values_fewer_cots_and_renormalised(lab):
     assert first["prediction"]["mae"]["value"] == first["unfinished_rate"] == 0 and first["cots"] == 30
 
 
+def test_records_of_a_group_are_drawn_together(lab):
+    """Four copies of a record are as much evidence as one: the same intervals."""
+    rows = [row | {"prediction": row["score"] + (i % 7) / 2} for i, row in enumerate(predictions(40))]
+    copies = [row | {"id": f"{row['id']}/{k}", "question": row["id"]} for row in rows for k in range(4)]
+    one, _ = evaluate(lab, lab.write("one", rows))
+    four, printed = evaluate(lab, lab.write("four", copies), "--group", "question")
+    same = ("pearson", "kendall", "rmse", "kappa")
+    by_copies = [four["prediction"][name][end] for name in same for end in ("low", "high")]
+    assert by_copies == pytest.approx(
+        [one["prediction"][name][end] for name in same for end in ("low", "high")]
+    )
+    assert "over 40 groups of like 'question'\n" in printed
+    few = [row | {"question": i % 4} for i, row in enumerate(rows)]
+    assert (
+        "over 4 groups of like 'question': so few say little"
+        in evaluate(lab, lab.write("few", few), "--group", "question")[-1]
+    )
+    for field, message in (
+        ("topic", "record 'r0' has no such field"),
+        ("grid", "all records are of one group"),
+    ):
+        code, said = lab.fail("eval", lab.path / "one", "--out", lab.path / "x", "--group", field)
+        assert code == 2 and f"--group {field}: {message}" in said
+
+
 def test_what_cannot_be_compared_is_refused(lab):
     path, out = lab.write("p.jsonl", predictions(2)), ("--out", lab.path / "eval")
     wrong = {"scores differ": {"score": 1.5}, "is missing": {"decoded": None}, "in common": {"id": "x"}}

@@ -11,11 +11,18 @@ import numpy as np
 from tract import intervals, runs
 from tract.scores import Predictions, off_grid_line
 
+FEW_GROUPS = 20  # below which percentile intervals of a bootstrap over groups cover too little
+
 
 def describe(report: dict, common: dict[str, Predictions]) -> str:
     """Return what eval.py prints: lines on each file, then tables; of more than two, only predictions."""
     files = report["files"]
-    text = f"{report['evaluated']} records, 95 % bootstrap intervals\n\n"
+    text = f"{report['evaluated']} records, 95 % bootstrap intervals"
+    if "group" in report:
+        text += f" over {report['groups']} groups of like '{report['group']}'"
+        if report["groups"] < FEW_GROUPS:
+            text += ": so few say little about other groups, intervals are too narrow"
+    text += "\n\n"
     for number, (path, entry) in enumerate(files.items(), 1):
         left_out = f"{entry['without_score']} without score, {entry['not_in_all_files']} not in all files"
         left_out += f", {entry['without_prediction']} without prediction"

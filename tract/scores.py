@@ -112,6 +112,19 @@ def count(path: str, file: Predictions, common: Predictions) -> dict:
     }
 
 
+def groups_of(rows: list[dict], field: str) -> list:
+    """Return which group each record is of, as this field of it says. Raises InputError."""
+    for row in rows:
+        if not isinstance(row.get(field), str | int):
+            raise InputError(
+                f"--group {field}: record {row['id']!r} has no such field; give one that all have"
+            )
+    groups = [row[field] for row in rows]
+    if len(set(groups)) < 2:
+        raise InputError(f"--group {field}: all records are of one group, {groups[0]!r}; leave it away")
+    return groups
+
+
 def count_tied(rows: list[dict]) -> int:
     """Return in how many records several scores are equally likely, and likeliest, after one of the CoTs."""
     return len([row for row in rows if any(probs.count(max(probs)) > 1 for probs in row["score_probs"])])
