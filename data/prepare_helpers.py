@@ -122,11 +122,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
         folder.rename(path)
 
 
-def sort_out(made: list, path: str) -> tuple[list, str]:
+def sort_out(made: list, path: str, ids: list | None = None) -> tuple[list, str]:
     """Split what rows became into records, in their order, and lines that count the reasons for the others.
 
-    made: for each row a record (or a list of them), or a text that says why there is none. Raises InputError
-    where nothing could be kept.
+    made: for each row a record (or a list of them), or a text that says why there is none. ids: names of the
+    rows, by default their numbers. Raises InputError where nothing could be kept.
     """
     kept = []
     reasons = {}  # reason → numbers of the rows
@@ -137,7 +137,7 @@ def sort_out(made: list, path: str) -> tuple[list, str]:
         except ValueError:
             reason = "NaN, Infinity or half of a surrogate pair in it"
         if reason:
-            reasons.setdefault(reason, []).append(number)
+            reasons.setdefault(reason, []).append(ids[number] if ids else number)
         else:
             kept.append(record)
     if not kept:
@@ -146,7 +146,7 @@ def sort_out(made: list, path: str) -> tuple[list, str]:
     lines = []
     for reason, rows in reasons.items():
         examples = ", ".join(map(str, rows[:3])) + (", …" if len(rows) > 3 else "")
-        lines.append(f"left out {len(rows)}: {reason} (row {examples})\n")
+        lines.append(f"left out {len(rows)}: {reason} ({'id' if ids else 'row'} {examples})\n")
     return kept, "".join(lines)
 
 
