@@ -11,6 +11,8 @@
 #                        every method on people's words and scores with SmolLM2-135M, three seeds: minutes a model on a
 #                        GPU, hours on a CPU; files under out/real (TASKS=ists for one of the two, JOBS=14 for so many
 #                        commands at a time; data/*/README.md says where the data are)
+#   make out/real/saf/train.jsonl SAF=DIR
+#                        records of a third task, with two tests of their own (data/saf/README.md)
 #   make test            the tests
 #   make test-vllm ISTS=DIR
 #                        vLLM beside our own engine: the same scores and CoTs? (its CPU build, in .venv-vllm)
@@ -96,6 +98,10 @@ $(REAL)/feedbackqa/train.jsonl: | .venv/real
 	test -e $(@D)/valid.jsonl || $(call PREPARE,valid) --out $(@D)/valid.jsonl
 	test -e $(@D)/test.jsonl || $(call PREPARE,test) --out $(@D)/test.jsonl
 	$(call PREPARE,train) --without $(@D)/valid.jsonl $(@D)/test.jsonl --out $@
+
+# Two tests stand beside it: unseen_answers.jsonl and unseen_questions.jsonl
+$(REAL)/saf/train.jsonl: | .venv/real
+	$(RUN) data/saf/prepare.py $(SAF) --max-words 80 --out $(@D)
 
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal

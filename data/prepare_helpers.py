@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -124,31 +124,34 @@ def whole_folder(path: Path) -> Iterator[Path]:
         folder.rename(path)
 
 
-def sort_out(made: list, path: str, first: int = 0) -> tuple[list, str]:
+def sort_out(made: list, path: str, names: Sequence | None = None, kind: str = "row") -> tuple[list, str]:
     """Split what rows became into records, in their order, and lines that count the reasons for the others.
 
-    made: for each row a record (or a list of them), or a text that says why there is none. first: the number
-    of the first row. Raises InputError where nothing could be kept.
+    made: for each row a record (or a list of them), or a text that says why there is none. names: what each
+    row is called, by default by its number from 0; kind: what these names are. Raises InputError where
+    nothing could be kept.
     """
     kept = []
-    reasons = {}  # reason → numbers of the rows
-    for number, record in enumerate(made, first):
+    reasons = {}  # reason → names of the rows
+    names = names or range(len(made))
+    for name, record in zip(names, made, strict=True):
         reason = record if isinstance(record, str) else None
         try:
             json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
         except ValueError:
             reason = "NaN, Infinity or half of a surrogate pair in it"
         if reason:
-            reasons.setdefault(reason, []).append(number)
+            reasons.setdefault(reason, []).append(name)
         else:
             kept.append(record)
     if not kept:
         reason = next(iter(reasons), "there is none")
-        raise InputError(f"{path}: nothing to keep, row {first}: {reason}; is it the right file?")
+        first = f"{kind} {names[0]}" if made else "first row"
+        raise InputError(f"{path}: nothing to keep, {first}: {reason}; is it the right file?")
     lines = []
     for reason, rows in reasons.items():
         examples = ", ".join(map(str, rows[:3])) + (", …" if len(rows) > 3 else "")
-        lines.append(f"left out {len(rows)}: {reason} (row {examples})\n")
+        lines.append(f"left out {len(rows)}: {reason} ({kind} {examples})\n")
     return kept, "".join(lines)
 
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from data.pairs.prepare import convert, names_of
 from data.prepare_helpers import clean_cot, is_held_out, read_feedback, read_hub, read_items
-from tract.records import InputError
+from tract.records import Grid, InputError, read_records
 
 LEFT_OUT = re.compile(r"left out (\d+: \S+ \S+)")  # how many, and the first words of the reason
 
@@ -186,6 +186,70 @@ def test_interpretable_sts_puts_alignments_into_words_and_averages_scores(lab):
     assert "gold.tsv:1: not score, sentence, sentence" in prepare(*how, lab.path / "again.jsonl")
 
 
+def test_saf_leaves_out_what_is_empty_there_already_or_in_a_test(lab):
+    """No answer is there twice, whatever its case and punctuation; a test's answer is not in training."""
+    answer = (
+        '<studentAnswer id="{}"><response>{}</response>'
+        "<response_feedback>{}</response_feedback><score>{}</score></studentAnswer>"
+    )
+    answers = {
+        "training/2.1_A": [
+            ("A1", "It is\n\t one two   three.", "Right.", " 1"),
+            ("A2", "it is: one, two, three", "Good.", 1),  # there already
+            ("A3", "It is one two three!", "Fine.", 0.5),  # and graded otherwise
+            ("A4", " No Submission. ", "Empty.", 0),
+            ("A5", " ", "Empty.", 0),
+            ("A6", "Two &lt; 3", "Not bad. Score: 0.75", 0.75),
+            ("A7", "In the test.", "Right.", 1),
+            ("A8", "All else", "Wrong.", 1.5),
+        ],
+        "training/2.2_B": [
+            ("B1", "In the test.", "It names 3 of 4.", 0.875)
+        ],  # an answer to another question
+        "unseen_answers/2.1_A": [("A9", "in the TEST", "Right.", 1)],
+        "unseen_questions/3.1_C": [("C1", "No response", "Empty.", 0), ("C2", "Yes.", "Too short.", 0.125)],
+    }
+    for name, of_question in answers.items():
+        path = lab.path / f"{name}.xml"
+        path.parent.mkdir(exist_ok=True)
+        reference = (
+            "<referenceAnswers><referenceAnswer>one two three four</referenceAnswer></referenceAnswers>"
+        )
+        students = "".join(answer.format(*row) for row in of_question)
+        asks = f"<questionText>What is {name}?</questionText>".replace("unseen_answers", "training")
+        path.write_text(f'<question id="2.1">{asks}{reference}{students}</question>')
+
+    said = prepare("saf", lab.path, "--out", lab.path / "made", "--max-words", 3, "--valid-size", 1)
+    assert [line for line in said.splitlines() if line.startswith("left out")] == [
+        "left out 1: an empty submission (id C1)",
+        "left out 1: in training already, with the same score (id A2)",
+        "left out 1: in training already, with another score (id A3)",
+        "left out 2: an empty submission (id A4, A5)",
+        "left out 1: a feedback that ends in a number, as if it held the score (id A6)",
+        "left out 1: in unseen_answers already, with the same score (id A7)",
+        "left out 1: no id, no feedback or no score from 0 to 1 (id A8)",
+    ]
+    grid = Grid.parse("1=0,2=0.25,3=0.5,4=0.75,5=1")
+    made = {}
+    for name in ("train", "valid", "unseen_answers", "unseen_questions"):
+        need = ("id", "prompt", "cot", "score", "texts", "question")
+        made[name] = read_records(lab.path / f"made/{name}.jsonl", grid, need)
+    assert [row["id"] for rows in list(made.values())[2:] for row in rows] == ["A9", "C2"]
+    first, second = sorted(made["train"] + made["valid"], key=lambda row: row["id"])
+    assert (first["id"], first["score"], first["question"]) == ("A1", 1, "2.1_A")
+    assert (second["id"], second["score"], second["question"]) == ("B1", 0.875, "2.2_B")
+    assert first["texts"] == ["one two three […]", "It is one […]"]
+    assert f"{first['instruction']}\nReference answer: one two three […]\nAnswer: It is" in first["prompt"]
+    assert "train.jsonl: 1 records, 1 with texts cut to 3 words" in said
+
+    said = prepare("saf", lab.path, "--out", lab.path / "again", "--valid-size", 2)
+    assert "--valid-size 2: all 2 answers; give a smaller one" in said
+    for text, message in (("<q>\n</p>", "line 2"), ('<?xml version="1.0" encoding="a"?><q/>', "encoding")):
+        (lab.path / "training/2.2_B.xml").write_text(text)
+        said = prepare("saf", lab.path, "--out", lab.path / "again").splitlines()[-1]
+        assert "2.2_B.xml: no XML (" in said and message in said and not any((lab.path / "again").iterdir())
+
+
 def test_committed_tiny_data_is_what_its_script_makes(lab):
     for targets in ("rating", "real"):
         prepare("tiny", "--out", lab.path, "--targets", targets)
@@ -206,6 +270,8 @@ def test_committed_tiny_data_is_what_its_script_makes(lab):
         ("pairs.prepare", "none.json --out {}/made.jsonl"),
         ("prometheus_bench.prepare", "none.json --out {}/made.jsonl"),
         ("prometheus_bench.prepare", "none.json --out {}/new.jsonl --train {}/made.jsonl"),
+        ("saf.prepare", "none --out {}/train.jsonl"),
+        ("saf.prepare", "none --out {}/unseen_questions.jsonl"),
         ("smollm2.prepare", "--out {}/made"),
         ("tiny.prepare", "--out {}/test.jsonl"),
         ("tiny.make_seed", "--steps 1 --out {}/made"),
@@ -215,7 +281,7 @@ def test_nothing_is_written_over(lab, script, words):
     """Refuse each output that is there, before anything is read; what is in it stays."""
     *options, out = words.format(lab.path, lab.path).split()
     kept = Path(out)
-    if script.split(".")[0] in ("feedback_collection", "tiny") and kept.suffix:
+    if script.split(".")[0] in ("feedback_collection", "saf", "tiny") and kept.suffix:
         options.append(str(kept.parent))  # --out is a folder
     else:
         options.append(out)

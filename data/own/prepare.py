@@ -165,7 +165,7 @@ def main() -> None:
                 group = row.get(args.group) if args.group else record.get("instruction", record.get("prompt"))
                 groups[record["id"]] = " ".join(str(group).split())
         made.append(record)
-    kept, left_out = helpers.sort_out(made, args.source, first)
+    kept, left_out = helpers.sort_out(made, args.source, range(first, first + len(made)))
     taken = ", ".join(f"{field} from {column!r}" for field, column in sources.items())
     print(f"{len(rows)} rows read, {len(kept)} kept: {taken}\n{left_out}", end="")
     sides = {path: [] for path in (args.out, valid) if path}
