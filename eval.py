@@ -4,10 +4,9 @@
 
 Writes metrics.json, figure.png and report.html (both, and all records) to --out and prints tables, for the
 prediction (CoT-RAIL) and the decoded score. Several files are compared with the first, on the records they
-share and the same resamples. Records without a score, or without a prediction (--renormalise found no mass on
-the grid), are left out and counted. Where records have the `ratings` of several people, each rater, and the
-judge in a rater's place, is compared with the mean of the others. --pairs judges pairs (tract/pairs.py).
-For predict.py --intervals it measures how far a prediction may be off, on records like these (docs/trust.md).
+share and the same resamples. Records without score or prediction are left out and counted. Where records have
+the `ratings` of several people, each rater, and the judge in a rater's place, is compared with the mean of the
+others. It also measures how far a prediction may be off, for predict.py --intervals (docs/trust.md).
 
     pearson, spearman, kendall, rmse, mae
     spread        standard deviation of the predictions over that of the true scores
@@ -76,7 +75,7 @@ def length_bias(p: np.ndarray, y: np.ndarray, length: np.ndarray) -> float:
     r_pl = correlation(stats.pearsonr, p, length)
     r_py = correlation(stats.pearsonr, p, y)
     r_ly = correlation(stats.pearsonr, length, y)
-    unexplained = (1 - r_py**2) * (1 - r_ly**2)
+    unexplained = (1 - r_py**2) * (1 - r_ly**2)  # NaN where a correlation is
     if unexplained <= 1e-12:  # the true score explains prediction or length altogether
         return math.nan
     return (r_pl - r_py * r_ly) / math.sqrt(unexplained)
@@ -102,8 +101,9 @@ def against_others(rows: list[dict], kind: str | None = None) -> dict | None:
         if len(ratings) < 2:
             continue
         for k, rating in enumerate(ratings):
-            scores.append(rating if kind is None else row[kind])
-            means_of_others.append(np.mean(ratings[:k] + ratings[k + 1 :]))
+            scores.append(rating if kind is None else row[kind])  # the judge takes each rater's place in turn
+            others = ratings[:k] + ratings[k + 1 :]
+            means_of_others.append(np.mean(others))
     if not scores:
         return None
     found = {"ratings": len(scores)}
@@ -123,10 +123,10 @@ def draw_resamples(groups: list, resamples: int, seed: int) -> list[np.ndarray]:
     members = {}  # group → indices of its records
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
-    members = list(members.values())
+    members = [np.array(indices) for indices in members.values()]
     drawn = np.random.default_rng(seed).integers(0, len(members), (resamples, len(members)))
-    picks = [[index for number in numbers for index in members[number]] for numbers in drawn]
-    return [np.array(pick) for pick in [range(len(groups)), *picks]]
+    picks = [np.concatenate([members[number] for number in numbers]) for numbers in drawn]
+    return [np.arange(len(groups)), *picks]
 
 
 def bootstrap(file: Predictions, kind: str, picks: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -246,7 +246,7 @@ def main() -> None:
     if args.pairs and args.group:
         raise InputError("--group: pairs are resampled as they are; leave it away with --pairs")
     if args.pairs:
-        write(args.out, pairs.evaluate(files, args.resamples, args.seed, interval))
+        write(args.out, pairs.evaluate(files, args.resamples, args.seed, interval_of=interval))
         return
     common = keep_common(files)
     report = compare(files, common, args.resamples, args.seed, args.group)

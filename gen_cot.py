@@ -2,10 +2,10 @@
 
     python gen_cot.py --model out/run/stage1 --data train.jsonl --out out/run/cots.jsonl
 
-p_s, trained on annotated CoTs in stage 1, has to judge by its own. So stage 2 learns from those: each record
-gets a CoT as p_s samples it, good or bad, and keeps its true score. With --num-cots N it gets N,
-each an example of its own in stage 2. A CoT ends where it reaches the suffix ("So the overall score is"); one
-that ends otherwise is marked as not `finished`, and stage 2 leaves it out.
+p_s was trained on annotated CoTs, but a judge has to score after CoTs that it wrote itself. So stage 2 trains
+on such CoTs: each record gets one as p_s samples it, good or bad, and keeps its true score. With --num-cots N
+it gets N, each an example of its own in stage 2. A CoT ends where it reaches the suffix ("So the overall
+score is"); one that ends otherwise is marked as not `finished`, and stage 2 leaves it out.
 
 After an interruption the same command goes on. The sampling is tract/writing.py, the files tract/files.py.
 """
@@ -31,8 +31,10 @@ def main() -> None:
     lengths = {id: len(prompt) for id, prompt in prompts.items()}
     output.begin(p_s, records, lengths)  # drops what is too long, goes on after the records already written
     for chunk in output.chunks():
-        with output.halving():  # out of memory: chunks() gives this chunk again, with a smaller at_once
+        # Swallows that memory runs out: chunks() then gives this chunk again, with half as many CoTs at once
+        with output.halving():
             chunk_prompts = [prompts[record["id"]] for record in chunk]
+            # The random numbers of a CoT hang on the id of its record
             written = write_cots(p_s, chunk, chunk_prompts, args, output.at_once)
             for record, cots in zip(chunk, written, strict=True):
                 # What p_s would give as a score (cot.scores) is dropped; the record keeps its true score

@@ -69,10 +69,11 @@ def cot_raft_loss(
     is_score      (R,)    bool, True at the B positions that predict a score
     true_scores   (R,)    y*, real-valued, at these positions; what it holds at the others does not matter
     n_tokens, n_sequences
-                  tokens with CE and sequences of the whole optimiser step. As divisors they let its batches
-                  add up to the same however it is split. By default they are counted in this batch.
+                  tokens with CE and sequences of the whole optimiser step. Sums are divided by these,
+                  so that the losses of its batches add up to that of the step. Default: counts of this batch.
 
-    The defaults of all else are TRACT; other choices are there to be compared with it:
+    By default CE is of CoT and score, as in the formula, and a mean over tokens, as in the authors' code. Other
+    choices are there to be compared with that:
 
     lam           λ, the weight of the penalty; 0 leaves plain CE
     penalty       squared (score units squared), rps or ntl (score units): see `penalty_of`
@@ -83,7 +84,7 @@ def cot_raft_loss(
                   none     there is no CE, as in the authors' code
     score_weight  None: the score is one token among those of its CoT
                   w: its CE has a divisor of its own, CE = Σ_CoT / n_tokens + w · Σ_score / n_sequences,
-                  where n_tokens counts the scores, too (and with ce_sum is n_sequences)
+                  where n_tokens counts the scores, too. With ce_sum both divisors are n_sequences
     ce_sum        False: the CE is the mean over tokens, as in the authors' code
                   True: it is summed over each sequence, as in the formula, then the mean over sequences
 
@@ -108,7 +109,7 @@ def cot_raft_loss(
     divisor = max(n_sequences if ce_sum else n_tokens, 1)  # a batch may hold no CE token, its CE is then 0
     if score_weight is None:
         ce = nll.sum() / divisor
-    else:  # there has to be a CE at the score
+    else:  # with score_ce "none" there is nothing to weigh: the scripts refuse that
         ce = nll[~is_score].sum() / divisor + score_weight * nll[is_score].sum() / max(n_sequences, 1)
 
     penalties = penalty_of(penalty, logits_at_score, y, score_ids, score_values)  # (B,)
@@ -121,7 +122,7 @@ def penalty_of(
 ) -> Tensor:
     """Return what λ weighs, (B,): how far each score distribution is from its true score y.
 
-    Where y varies (between raters of the same response, say), each is least for another distribution:
+    Where raters of the same response disagree on y, each is least for another distribution p:
 
     squared  (Σ_v p(v) · v − y)², RAFT's. Least where the expected score is the mean of y. Mass off the grid
              counts as a score of 0.

@@ -4,14 +4,14 @@
 
 Works with any checkpoint or hub model, the untrained seed included; records need no score. --num-cots N takes
 the mean over N CoTs, --no-cot reads the score after the prompt (plain RAIL), --given takes the records' CoTs,
---renormalise divides by the mass on the grid.
+--renormalise divides by the mass on the grid, --intervals adds how far a score can be trusted.
 """
 
 import json
 
 from tract import intervals, runs
 from tract.encode import encode_prompt
-from tract.files import Output, read_data, tokenising, writes_cots
+from tract.files import Output, has_to_sample, read_data, tokenising
 from tract.judge import NEEDS, predict_from, ready_cots_of
 from tract.options import choose_grid, make_judging_parser
 from tract.scores import off_grid_line
@@ -25,10 +25,10 @@ def main() -> None:
     output = Output(args)
     records = read_data(args, needs=NEEDS[args.given])
     judge = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
-    samples_cots = writes_cots(args)  # else they are given, or with --no-cot empty
+    samples_cots = has_to_sample(args)  # not with --given, nor with --no-cot
     prompts = {}  # id → token ids
     ready_cots = {}  # id → CoTs that need no sampling
-    lengths = {}  # id → tokens that are read before anything is sampled
+    lengths = {}  # id → tokens of the longest input: the prompt, or prompt, ready CoT and suffix
     for record in tokenising(records):
         id = record["id"]
         prompts[id] = encode_prompt(judge.tokenizer, record["prompt"])
@@ -40,17 +40,19 @@ def main() -> None:
 
     output.begin(judge, records, lengths)
     for chunk in output.chunks():
-        with output.halving():  # out of memory: chunks() gives this chunk again, with a smaller at_once
+        # Swallows that memory runs out: chunks() then gives this chunk again, with half as many CoTs at once
+        with output.halving():
             if samples_cots:
                 chunk_prompts = [prompts[record["id"]] for record in chunk]
                 chunk_cots = write_cots(judge, chunk, chunk_prompts, args, output.at_once)
             else:
                 chunk_cots = [ready_cots[record["id"]] for record in chunk]
-            # CoT-RAIL: Σ_v p(v) · v by the score distribution after each CoT, then the mean over the CoTs
+            # CoT-RAIL: ŷ = Σ_v p(v) · v by the score distribution after each CoT (rail in loss.py), then the
+            # mean of ŷ over the CoTs
             predicted = predict_from(judge, chunk_cots, args)
             for record, fields in zip(chunk, predicted, strict=True):
                 output.add(record, fields)
-    lines = output.finish()  # of the whole file, with those of an earlier run
+    lines = output.finish()  # all lines of the file, also those that an interrupted run wrote
     rows = [json.loads(line) for line in lines]
     print(f"{args.out}: {off_grid_line(rows, args.grid)}")
     empty = [row["id"] for row in rows if row["prediction"] is None]

@@ -45,7 +45,7 @@ PAPER = {
     "lora": None,  # all weights are trained
 }
 DEFAULTS = {
-    "any other": PAPER,  # model that is not named here
+    "any other": PAPER,  # for every model that is not named here
     "mistral-7b": PAPER | {"lora": 8},
     "llama-3.1-8b": PAPER | {"lora": 8},
     "prometheus-2-7b": PAPER | {"lora": 8},
@@ -113,7 +113,7 @@ def loss_in_parts(model, states: Tensor, batch: dict, loss_options: dict, bf16: 
         positions = slice(start, start + size)
         labels = {name: batch[name][positions] for name in ("targets", "is_score", "true_scores")}
         with autocast(bf16):
-            # (r, V) for these r positions, the score tokens' in fp32: bf16 would blur their distribution
+            # (r, V); those of the score tokens are computed in fp32, for bf16 would blur their distribution
             logits = next_token_logits(model, states[positions], loss_options["score_ids"])
             part = cot_raft_loss(logits, **labels, **loss_options)
         del logits  # the backward pass has what it needs of them
@@ -121,7 +121,7 @@ def loss_in_parts(model, states: Tensor, batch: dict, loss_options: dict, bf16: 
 
 
 def accumulate_gradients(model, window: list[Example], loss_options: dict, args) -> Tensor:
-    """Add the gradient of a step's loss to the weights, a micro-batch at a time; return loss, CE, penalty.
+    """Backpropagate a step's loss, a micro-batch at a time; return this process's share of loss, CE, penalty.
 
     Losses are divided by the tokens and sequences of the whole window: they add up to the same however it is
     split into micro-batches.
@@ -139,7 +139,7 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, args)
         # go through the head a few positions at a time, adding up the gradient of the states, and send that
         # through the decoder.
         cut = states.detach().requires_grad_()
-        cut.grad = torch.zeros_like(cut)  # all that there is where no position is supervised (see ranks.py)
+        cut.grad = torch.zeros_like(cut)  # for a micro-batch that supervises nothing (idle under torchrun)
         for part in loss_in_parts(model, cut, batch, loss_options, args.bf16):
             part.total.backward()
             sums += torch.stack([part.total.detach(), part.ce, part.penalty])
@@ -156,9 +156,9 @@ def train(args, model, plan: list[list], held_out: list[Example], loss_options: 
     steps_per_epoch = len(plan) // args.epochs
     optimiser, schedule = training.make_optimiser(model, args, steps=len(plan))
     with training.Journal(args, folder, model, optimiser, schedule, len(plan)) as journal:
-        for step, window in journal.remaining(plan):
+        for step, window in journal.remaining(plan):  # steps count from 1
             sums = accumulate_gradients(model, window, loss_options, args)
-            # Under torchrun, in place, over all processes; in a single one nothing happens
+            # In place, over all processes of torchrun; without it there is one, and nothing to add
             ranks.add_up([sums, *ranks.gradients(model)])
             norm = ranks.clip(model, args.clip or math.inf)
             loss, ce, penalty = sums.tolist()
@@ -256,7 +256,9 @@ def main() -> None:
     add("--no-cot", action="store_true", help="train on the score alone, without any CoT")
     args = parser.parse_args()
     default_data = Path(parser.get_default("data")).resolve()
-    if Path(args.data).resolve() == default_data:  # it can be fetched, and comes with held-out records
+    if (
+        Path(args.data).resolve() == default_data
+    ):  # of this --model: fetched if missing, and beside valid.jsonl
         args.valid = args.valid or str(default_data.with_name("valid.jsonl"))
         fetch_data(args, default_data)
     args.grid = choose_grid(args)

@@ -28,7 +28,7 @@ def main() -> None:
     shortened = set()  # ids of records that lost a CoT; cots_of fills it while run_stage reads the data
 
     def cots_of(record: dict) -> list[str]:
-        """Return the finished CoTs of a record, and note where some were not. Its score is the true one."""
+        """Return the CoTs of a record to train on; where one is left out, its id goes into `shortened`."""
         if "prediction" in record:  # a file of predict.py, which has the same fields
             raise InputError(f"record {record['id']!r} is a prediction; make training data with gen_cot.py")
         cots = []

@@ -15,9 +15,9 @@ from tract.records import Grid, InputError
 
 MARKUP = re.compile(r"[<\[|].+[>\]|]")  # <think>, [INST], |end|
 PLACEHOLDER = "§PROMPT§"  # stands for the prompt where a chat template is rendered around it
-# Some templates write today's date, which would make prompts of training and prediction differ. They read it
-# from the variable `date_string` or from the function strftime_now, which this macro overrides
-DATE = "26 Jul 2024"
+# Some templates write today's date, which would make prompts of training and prediction differ
+DATE = "26 Jul 2024"  # what such a template gets as its variable `date_string`
+# Put before a template, this stands in for the function strftime_now that some call
 SAME_DATE = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro %}\n"
 
 
@@ -66,7 +66,7 @@ def encode_prefix(tokenizer, prompt_ids: list[int], cot: str, grid: Grid) -> lis
 
 
 def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
-    """Return what the suffix becomes after a CoT, up to the score, and the token id of each score.
+    """Return the token ids of the suffix, as they follow a CoT, and the token id of each score.
 
     A sample CoT with suffix and score is tokenised: its last token is the score; what precedes that, after
     the CoT, is the suffix. This works where the space melts into the digit (GPT-2: " 4") and where it is a
@@ -88,10 +88,11 @@ def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
             remedy = "name each by one: --grid 1,2,3,4,5,6,7,8,9,0=10 for 1 to 10, or letters, A=1,B=2,C=3"
             raise InputError(f"{what} ({first[-3:]}, {ids[-3:]}); {remedy}")
         score_ids.append(ids[-1])
-    if len(first) < 2:
+    if len(first) < 2:  # the score alone: neither CoT nor suffix left a token
         raise InputError(f"{name}: its tokenizer knows no word of the suffix; is it the model's own?")
     cot_ids = encode_text(tokenizer, cot)
-    n_shared = 0  # how many tokens begin both; the last one of the CoT may have merged with the suffix
+    # The suffix begins where the CoT alone stops being the same, one token early if its last one has merged
+    n_shared = 0
     while n_shared < len(cot_ids) and cot_ids[n_shared] == first[n_shared]:
         n_shared += 1
     return first[n_shared:-1], score_ids
@@ -140,8 +141,8 @@ def template_halves(tokenizer) -> tuple[str, str]:
 
 def thinking_setting(tokenizer) -> bool | None:
     """Return what run.json notes: False if the template knows `enable_thinking` (see above), else None."""
-    asks = bool(tokenizer.chat_template) and "enable_thinking" in tokenizer.get_chat_template()
-    return False if asks else None
+    knows_it = bool(tokenizer.chat_template) and "enable_thinking" in tokenizer.get_chat_template()
+    return False if knows_it else None
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
@@ -152,7 +153,7 @@ def encode_text(tokenizer, text: str) -> list[int]:
     ids = []
     for piece in cut_inside(text, not_special):
         ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
-    # Only a word-level vocabulary, which has a token for unknown words, still finds control tokens as words
+    # A word-level vocabulary still finds control tokens as whole words; these become its unknown word
     return [tokenizer.unk_token_id if id in control else id for id in ids]
 
 
@@ -168,7 +169,7 @@ def control_tokens(tokenizer) -> dict[int, str]:
 
 
 def cut_inside(text: str, tokens: Iterable[str]) -> list[str]:
-    """Cut a text inside every occurrence of these tokens, behind its first character: no piece holds one."""
+    """Cut after the first character of every one of these tokens: "a<think>b" becomes "a<" and "think>b"."""
     cuts = {len(text)}
     for token in tokens:
         start = text.find(token)

@@ -22,13 +22,13 @@ from tract.writing import Loaded
 CHUNK = 8  # batches' worth of prompts that are judged together, and then written to OUT.part
 
 
-def writes_cots(args) -> bool:
+def has_to_sample(args) -> bool:
     return not args.no_cot and not args.given
 
 
 def longest_prompt(judge: Loaded, args) -> int:
     """Return how many tokens can be read: --max-length, or less where the model has fewer positions."""
-    reserve = len(judge.suffix_ids) + 3 if writes_cots(args) else 0  # a token, suffix and score
+    reserve = len(judge.suffix_ids) + 3 if has_to_sample(args) else 0  # a token, suffix and score
     return min(args.max_length, judge.tokenizer.positions - reserve)
 
 
@@ -49,7 +49,7 @@ def read_data(args, needs: tuple[str, ...]) -> list[dict]:
     records = read_records(args.data, args.grid, needs)
     suffix = args.grid.suffix.strip()
     asks_for_result = "[RESULT]" in records[0]["prompt"] and "[RESULT]" not in suffix
-    if asks_for_result and writes_cots(args) and not hub.trained(args.model):
+    if asks_for_result and has_to_sample(args) and not hub.trained(args.model):
         print(f"{args.data}: prompts ask for [RESULT], CoTs are to end in '{suffix}': --suffix '[RESULT]'?")
     if args.shard is None:
         return records
@@ -157,7 +157,7 @@ class Output:
         self.lock.close()
         runs.report(self.too_long, f"left out, longer than {self.longest} tokens")
         runs.report(unfinished, "with a CoT that did not reach the suffix by itself")
-        if writes_cots(args) and 2 * len(unfinished) > len(lines):
+        if has_to_sample(args) and 2 * len(unfinished) > len(lines):
             never = f"most CoTs never came to '{args.grid.suffix.strip()}'"
             print(f"{never}: does the prompt ask for these words? --suffix names others")
         print(f"{args.out}: {len(lines)} records in {time.time() - self.started:.0f} s")

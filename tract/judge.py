@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from tract import hub, intervals
 from tract.encode import encode_prefix, encode_prompt
-from tract.files import check_options, longest_prompt, writes_cots
+from tract.files import check_options, has_to_sample, longest_prompt
 from tract.options import choose_grid, make_judging_parser
 from tract.records import PREDICTED, InputError, predicted, records_of, significant
 from tract.writing import Cot, Loaded, load_judge, score, write_cots
@@ -107,7 +107,7 @@ class Judge:
         rows = records_of(lines, "record ", self.args.grid, NEEDS[self.args.given])
         if not rows:
             return []
-        writes = writes_cots(self.args)
+        writes = has_to_sample(self.args)
         longest = longest_prompt(self.model, self.args)
         prompts = []
         cots = []  # of each record

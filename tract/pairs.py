@@ -32,10 +32,10 @@ class Group(NamedTuple):
     samples: dict[str, np.ndarray]
 
 
-def evaluate(files: dict[str, Predictions], resamples: int, seed: int, interval: Callable) -> dict:
+def evaluate(files: dict[str, Predictions], resamples: int, seed: int, interval_of: Callable) -> dict:
     """Return and print, for every file, how often the chosen response of a pair gets the higher score.
 
-    interval: makes of samples (1 + resamples,) a value with its limits, as in eval.py. Raises InputError.
+    interval_of: makes of samples (1 + resamples,) a value with its limits, as in eval.py. Raises InputError.
     """
     report = {"resamples": resamples, "seed": seed, "files": {}}
     for path, (rows, grid) in files.items():
@@ -47,7 +47,7 @@ def evaluate(files: dict[str, Predictions], resamples: int, seed: int, interval:
         rows_of_table = []
         entries = []
         for section, subset, n, samples in compare(pairs, resamples, seed):
-            intervals = {name: interval(values) for name, values in samples.items()}
+            intervals = {name: interval_of(values) for name, values in samples.items()}
             rows_of_table.append([section, subset, n, *intervals.values()])
             entries.append({"section": section, "subset": subset, "pairs": n} | intervals)
         print(table(["section", "subset", "pairs", *NAMES], rows_of_table), end="")
