@@ -4,9 +4,9 @@
 
 Writes metrics.json, figure.png and report.html (both, and all records) to --out and prints tables, for the
 prediction (CoT-RAIL) and the decoded score. Several files are compared with the first, on the records they
-share and the same resamples. Records without score or prediction are left out and counted. Where records have
-the `ratings` of several people, each rater, and the judge in a rater's place, is compared with the mean of the
-others. It also measures how far a prediction may be off, for predict.py --intervals (docs/trust.md).
+share and the same resamples. Records without score or prediction are left out and counted. Where records
+have the `ratings` of several people, each rater, and the judge in a rater's place, is compared with the mean
+of the others. It also measures how far a prediction may be off, for predict.py --intervals (docs/trust.md).
 
     pearson, spearman, kendall, rmse, mae
     spread        standard deviation of the predictions over that of the true scores

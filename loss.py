@@ -72,8 +72,8 @@ def cot_raft_loss(
                   tokens with CE and sequences of the whole optimiser step. Sums are divided by these,
                   so that the losses of its batches add up to that of the step. Default: counts of this batch.
 
-    By default CE is of CoT and score, as in the formula, and a mean over tokens, as in the authors' code. Other
-    choices are there to be compared with that:
+    By default CE is of CoT and score, as in the formula, and a mean over tokens, as in the authors' code.
+    Other choices are there to be compared with that:
 
     lam           λ, the weight of the penalty; 0 leaves plain CE
     penalty       squared (score units squared), rps or ntl (score units): see `penalty_of`
