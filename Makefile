@@ -64,11 +64,20 @@ $(OUT)/predictions_p_s.jsonl: | $(OUT)/stage1/run.json
 $(OUT)/predictions.jsonl: | $(OUT)/stage2/run.json
 	$(RUN) predict.py --model $(OUT)/stage2 --data $(TINY)/test.jsonl --out $@
 
-sweep: $(LAMBDAS:%=$(SWEEP)/lambda-%.jsonl)
+# What is in SWEEP was made with these, and is not made again with others
+SWEPT = $(MODEL) $(TRAIN) $(VALID) $(TRAINING) $(JUDGING)
+
+.PHONY: swept
+swept:
+	$(if $(strip $(LAMBDAS)),,$(error LAMBDAS is empty))
+	@mkdir -p $(SWEEP) && { test -e $(SWEEP)/options || echo '$(SWEPT)' > $(SWEEP)/options; }
+	@test "$$(cat $(SWEEP)/options)" = '$(SWEPT)' || { echo "$(SWEEP): was begun with other options ($$(cat $(SWEEP)/options)); choose another SWEEP, or remove it" >&2; exit 2; }
+
+sweep: $(LAMBDAS:%=$(SWEEP)/lambda-%.jsonl) | swept
 	rm -rf $(SWEEP)/eval
 	$(RUN) eval.py $^ --out $(SWEEP)/eval
 
-$(SWEEP)/lambda-%.jsonl: | .venv/run
+$(SWEEP)/lambda-%.jsonl: | .venv/run swept
 	test -e $(SWEEP)/stage1-$* || $(RUN) stage1_train.py --model $(MODEL) --data $(TRAIN) --lambda $* $(TRAINING) --out $(SWEEP)/stage1-$*
 	test -e $(SWEEP)/cots-$*.jsonl || $(RUN) gen_cot.py --model $(SWEEP)/stage1-$* --data $(TRAIN) $(JUDGING) --out $(SWEEP)/cots-$*.jsonl
 	test -e $(SWEEP)/stage2-$* || $(RUN) stage2_train.py --model $(MODEL) --data $(SWEEP)/cots-$*.jsonl --lambda $* $(TRAINING) --out $(SWEEP)/stage2-$*

@@ -219,7 +219,7 @@ def compare(
             # Without interval: a resample holds records twice, which are tied with themselves
             entry[kind]["ties"] = ties(np.array([row[kind] for row in file.rows]))
         entry["against_others"] = against_others(file.rows, "prediction")
-        entry["intervals"] = intervals.calibrate(path, file, seed)
+        entry["intervals"] = intervals.calibrate(path, file, seed, groups)
         report["files"][path] = entry
     return report
 

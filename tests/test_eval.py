@@ -125,7 +125,7 @@ def test_records_of_a_group_are_drawn_together(lab):
         in evaluate(lab, lab.write("few", few), "--group", "question")[-1]
     )
     for field, message in (
-        ("topic", "record 'r0' has no such field"),
+        ("topic", "record 'r0' has no text or whole number there"),
         ("grid", "all records are of one group"),
     ):
         code, said = lab.fail("eval", lab.path / "one", "--out", lab.path / "x", "--group", field)

@@ -29,7 +29,9 @@ def test_of_exchangeable_records_as_many_are_inside_as_promised(tmp_path):
     rows = [{"score": y, "renormalised": False, "finished": [True]} for y in random.uniform(1, 5, 4000)]
     for row in rows:
         row["prediction"] = row["score"] + random.normal()
-    found = intervals.calibrate(str(tmp_path / "p.jsonl"), Predictions(rows, Grid()), 0)
+    found = intervals.calibrate(
+        str(tmp_path / "p.jsonl"), Predictions(rows, Grid()), 0, list(range(len(rows)))
+    )
     for level, normal in (("80 %", 1.2816), ("90 %", 1.6449)):
         assert found[level]["half_width"] == pytest.approx(normal, abs=0.06)
         assert found[level]["inside"] == pytest.approx(float(level[:2]) / 100, abs=0.03)
@@ -80,6 +82,22 @@ def test_too_few_records_have_no_interval(lab, judged):
     assert lab.read("new.jsonl")[0]["low"] is lab.read("new.jsonl")[0]["high"] is None
 
 
+def test_a_group_is_on_one_half_and_counts_as_one():
+    """Copies of a record are no check of each other: 20 questions are enough, 3 are not."""
+    rows = [
+        {"id": str(i), "score": 3, "prediction": 3 + i % 20 / 10, "finished": [True], "renormalised": False}
+        for i in range(200)
+    ]
+    questions = [i % 20 for i in range(200)]
+    found = intervals.calibrate("p.jsonl", Predictions(rows, Grid()), 0, questions)
+    inside = 10 * found["90 %"]["inside"]  # of ten questions, each with ten copies
+    assert inside == pytest.approx(round(inside))
+    assert (
+        intervals.calibrate("p.jsonl", Predictions(rows, Grid()), 0, [i % 3 for i in range(200)])["80 %"]
+        is None
+    )
+
+
 def test_predictions_made_in_another_way_are_refused(lab, judged, tiny_tokenizer):
     judge, path = judged
     seed = ROOT / "data/tiny/seed"
@@ -93,6 +111,13 @@ def test_predictions_made_in_another_way_are_refused(lab, judged, tiny_tokenizer
         (seed, lab.path / "two/metrics.json", [], "no metrics.json of one judge"),
         (seed, lab.path / "none.json", [], "no metrics.json of one judge"),
         (seed, lab.write("list.json", [{"files": []}]), [], "no metrics.json of one judge"),
+        (
+            seed,
+            lab.write("a.json", [{"files": {"a": {"intervals": {}}}}]),
+            [],
+            "no metrics.json of one judge",
+        ),
+        (seed, lab.write("b.json", [{"files": {"a": None}}]), [], "no metrics.json of one judge"),
     ]
     for model, file, options, message in wrong:
         code, said = lab.fail(*judge, model, "--out", lab.path / "x", "--intervals", file, *options)

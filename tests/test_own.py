@@ -61,6 +61,19 @@ def test_a_table_as_spreadsheets_write_it(lab):
     assert made[0]["instruction"] == 'Say "hi";\ntwice' and "an id that an earlier row has (row 8)" in said
 
 
+def test_empty_lines_of_a_table_count_but_are_no_rows(lab):
+    (lab.path / "t.csv").write_text(
+        "prompt,score,,\np1,1,,\n\np2,2,,\n\n\np3,9,,\n"
+    )  # and columns without name
+    made, said = prepare(lab, "t.csv")
+    assert [row["id"] for row in made] == ["t-2", "t-4"] and "3 rows read, 2 kept" in said
+    assert "the scale of --grid (row 7)" in said
+    made, _ = prepare(
+        lab, "t.csv", "--map", "instruction=prompt", "--set", "response=So.", "rubric=?", "score=3", out="s"
+    )
+    assert [row["score"] for row in made] == [3, 3, 3]
+
+
 def test_every_kind_of_file_gives_the_same_records(lab, monkeypatch):
     """Integers beside gaps are floats in Parquet; the mean of the ratings that are there is the score."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", lab.path / "cache")
@@ -135,8 +148,9 @@ def test_what_belongs_together_is_held_out_together(lab, column):
         ),
         ("t.csv", ["--grid", "1,x"], "--grid 1,x: give numbers"),
         ("t.csv", ["--map", "ratings=a=b"], "row 2: 'ratings' is no list; name the columns"),
+        ("t.csv", ["--map", "response=a=b", "--set", "response=No."], "response: is in --map and in --set"),
         ("cut.csv", [], "can't be read (Error: unexpected end of data)"),
-        ("two.csv", [], "two columns have the same name"),
+        ("two.csv", [], "two columns are called 'response'"),
         ("latin.csv", [], "can't be read (UnicodeDecodeError"),
         ("none.csv", [], "none.csv: can't be read (FileNotFoundError"),
         ("t.xlsx", [], "can't be read (ValueError: a format that is not known, '.xlsx'); give .csv"),

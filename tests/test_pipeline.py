@@ -82,6 +82,7 @@ REFUSED = [  # records, options, message
     ([OWN, OWN | {"instruction": "7 " * 300}], {}, "record 2: has 422 tokens, more than 248; shorten it"),
     ([OWN], {"given": "cots"}, "record 1: field 'cots' is missing"),
     ([OWN], {"num_cots": 0}, "--num-cots: 0 is not between 1"),
+    ("Say 1.", {}, "give a list of records, or the fields of one"),
     ([OWN], {"out": "x.jsonl"}, "no option out; there are batch_size, bf16"),
 ]
 
@@ -90,6 +91,19 @@ REFUSED = [  # records, options, message
 def test_what_can_not_be_judged_from_python_is_named_by_its_number(rows, options, message):
     with pytest.raises(InputError, match=re.escape(message)):
         Judge(TINY_SEED, **options)(rows)
+
+
+def test_one_record_is_a_dict_or_keywords_and_a_list_takes_none():
+    judge = Judge(TINY_SEED, max_new_tokens=2)
+    record = dict.fromkeys(("instruction", "response", "rubric"), "Say 1.")
+    assert (
+        judge(record)
+        == judge(**record)
+        == judge([record])[0]
+        == judge(record | {"rubric": ""}, rubric="Say 1.")
+    )
+    with pytest.raises(InputError, match="give a list of records, or the fields of one"):
+        judge([record], rubric="Is it right?")
 
 
 COTS = {"id": "a", "prompt": "p", "cot": "c", "score": 3, "cots": ["c"], "finished": [True]}

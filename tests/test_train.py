@@ -137,6 +137,15 @@ def test_a_training_that_ends_in_steps_that_are_not_finite_is_not_done(lab, monk
     assert code == 1 and "the last steps spoilt the weights" in said  # though its loss was finite
 
 
+def test_a_training_that_took_no_step_is_not_done(lab):
+    """In fewer steps than it gives up after, too."""
+    few = ("--data", lab.write("few.jsonl", lab.rows[:32]), "--epochs", 1, "--out", lab.path / "out")
+    code, said = lab.fail("stage1_train", *few, "--score-weight", 1e299)
+    assert code == 1 and "no step was finite, nothing was trained" in said and not (lab.path / "out").exists()
+    code, said = lab.fail("stage1_train", *few, "--score-weight", 1, "--ce-weight", 0)
+    assert code == 2 and "--score-weight: weighs nothing" in said
+
+
 def test_default_data_are_fetched(lab, monkeypatch):
     """Run `--model mistral-7b` in a fresh clone: prepare.py gets what is not there."""
     calls, failed = [], subprocess.CompletedProcess([], 2)

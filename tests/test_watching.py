@@ -23,7 +23,7 @@ RUN = {
         "lora": None,
     }
     | {"data": f"/home/me/{ODD}.jsonl", "no_cot": False, "ce_weight": 1.0, "lam": 0.5, "penalty": "squared"}
-    | {"score_ce": "token", "score_weight": None},
+    | {"score_ce": "token", "score_weight": None, "four_bit": True},
     "inputs": {"data": "147f"},
     "last_step": {"valid": {"n": 3, "ce": 0.25, "rmse": 1.5}},
 }

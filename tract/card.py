@@ -17,7 +17,7 @@ It predicts the expected score of a response. Trained in stage {stage} of
     grid         {grid!r}
     suffix       {suffix!r}
     loss         {ce_weight} · CE + {lam} · penalty ({penalty})
-    CE at score  {score_ce}, weight {score_weight}
+    CE at score  {score_ce}, {weight}
 
 To judge with it, in a clone of TRACT; FOLDER is this folder, or its id on the hub:
 
@@ -44,6 +44,7 @@ def card(run: dict) -> str:
     args = run["arguments"]
     base = run["inputs"].get("model name")  # its id on the hub; a folder has none
     adapter = args["lora"]
+    bits = ", its base in 4 bits (needs bitsandbytes)" if args["four_bit"] else ""
     metadata = ModelCardData(
         base_model=base,
         library_name="peft" if adapter else "transformers",
@@ -53,14 +54,17 @@ def card(run: dict) -> str:
     )
     kind = "CoTs that the judge of stage 1 wrote" if args["stage"] == 2 else "annotators' CoTs"
     held_out = "No records were held out in training."
+    on = "without CoTs" if args["no_cot"] else "CoTs given"
+    weight = "one token's share" if args["score_weight"] is None else f"weight {args['score_weight']:g}"
     if "valid" in run["last_step"]:
-        held_out = "On {n} held-out records, CoTs given: CE {ce:.3f} a token, RMSE {rmse:.3f}."
-        held_out = held_out.format(**run["last_step"]["valid"])
+        held_out = "On {n} held-out records, {on}: CE {ce:.3f} a token, RMSE {rmse:.3f}."
+        held_out = held_out.format(on=on, **run["last_step"]["valid"])
     facts = {  # of a folder or file only the name: where it lies on a machine is private
         "metadata": metadata.to_yaml(),
         "kind": "scores alone, without CoTs" if args["no_cot"] else kind,
         "base": base or repr(Path(args["model"]).resolve().name),
-        "weights": f"an adapter of rank {adapter}" if adapter else "all weights",
+        "weight": weight,
+        "weights": f"an adapter of rank {adapter}{bits}" if adapter else "all weights",
         "data_file": "{!r}, SHA-256 {}".format(Path(args["data"]).name, run["inputs"]["data"]),
         "held_out": held_out,
         "option": " --no-cot" if args["no_cot"] else "",

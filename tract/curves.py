@@ -63,7 +63,7 @@ def draw(logs: dict[str, list[dict]]):
                 width = len(steps) // 50 + 1
                 values = np.convolve(values, np.full(width, 1 / width), "valid")
                 steps = steps[width - 1 :]
-            axis.plot(steps, values, color=color, marker="o" if name == "valid" else "")
+            axis.plot(steps, values, color=color, marker="o" if name == "valid" or len(steps) == 1 else "")
             skipped = [line["step"] for line in log if not line["taken"]]
             axis.vlines(skipped, 0, 1, color, "dotted", transform=axis.get_xaxis_transform())
     if len(logs) > 1:
@@ -78,6 +78,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="PNG file to write")
     args = parser.parse_args()
     runs.check_out(args.out)
+    if args.out.suffix != ".png":
+        raise InputError(f"--out {args.out}: the picture is a PNG; give a name that ends in .png")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     figure = draw({str(out): read_log(out) for out in args.runs})
     runs.write_whole(args.out, figure.savefig)
 

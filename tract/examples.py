@@ -22,8 +22,12 @@ def check_options(args) -> None:
         runs.check_out(args.out)
     if args.fsdp and (args.lora or not ranks.launched()):
         raise InputError("--fsdp: spreads all weights (--full) over the processes that torchrun starts")
-    if args.score_weight is not None and args.score_ce == "none":
-        raise InputError("--score-weight: with --score-ce none there is no CE to weigh; leave one away")
+    if args.score_weight is not None and (args.score_ce == "none" or args.ce_weight == 0):
+        raise InputError(
+            "--score-weight: weighs nothing with --score-ce none or --ce-weight 0; leave one away"
+        )
+    if hub.is_four_bit(args.model) and not args.lora:
+        raise InputError(f"{args.model}: its base is in 4 bits, which --full can't train; leave --full away")
     if args.four_bit and not args.lora:
         raise InputError("--4bit: weights in 4 bits can't be trained, adapters on them can; add --lora")
     four_bit_options(args.four_bit, torch.float32)  # is the library there?

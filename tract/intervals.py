@@ -17,9 +17,14 @@ from tract.settings import arguments
 WAY = "suffix no_cot given max_new_tokens temperature top_p repetition_penalty".split()  # options that count
 
 
+def rank_of(n: int, level: int) -> int:
+    """Return which of n sorted errors is the half-width at `level` %; beyond n where they are too few."""
+    return math.ceil((n + 1) * level / 100)
+
+
 def half_width(errors: np.ndarray, level: int) -> float | None:
     """Return the half-width at `level` % by absolute errors (n,); None where they are too few for it."""
-    rank = math.ceil((len(errors) + 1) * level / 100)
+    rank = rank_of(len(errors), level)
     return float(np.sort(errors)[rank - 1]) if rank <= len(errors) else None
 
 
@@ -28,26 +33,29 @@ def around(predictions: np.ndarray | float, half_width: float, grid: Grid) -> np
     return np.clip([predictions - half_width, predictions + half_width], grid.values[0], grid.values[-1])
 
 
-def calibrate(path: str, file: Predictions, seed: int) -> dict:
+def calibrate(path: str, file: Predictions, seed: int, groups: list) -> dict:
     """Return the half-widths by all n records, and how those by one half of them fare on the other.
 
     inside: the share of true scores in their interval; width: its mean. A level that half are too few for is
-    None. way: how these were judged, as far as rows and NAME.run.json say.
+    None. way: how these were judged, as far as rows and NAME.run.json say. groups: which group each record
+    is of; a group is on one half as a whole, and counts as one where a level needs so many.
     """
     rows, grid = file
     predictions = np.array([row["prediction"] for row in rows], dtype=float)
     errors = np.abs(predictions - [row["score"] for row in rows])
-    other, half = np.array_split(np.random.default_rng(seed).permutation(len(rows)), 2)
+    names = np.unique(groups)
+    _, names_of_half = np.array_split(np.random.default_rng(seed).permutation(names), 2)
+    half = np.isin(groups, names_of_half)
     run = read_run_json(path)
     way = {name: run[name] for name in WAY if name in run}
     way |= {name: value for name, value in run.get("inputs", {}).items() if name != "data"}
     way |= {"grid": str(grid), "renormalise": rows[0]["renormalised"], "num_cots": len(rows[0]["finished"])}
     found = {"n": len(rows), "way": way, "80 %": None, "90 %": None}
     for level in (80, 90):
-        by_half = half_width(errors[half], level)
-        if by_half is not None:
-            low, high = around(predictions[other], by_half, grid)
-            tested = {"inside": float(np.mean(errors[other] <= by_half)), "width": float(np.mean(high - low))}
+        if rank_of(len(names_of_half), level) <= len(names_of_half):
+            by_half = half_width(errors[half], level)
+            low, high = around(predictions[~half], by_half, grid)
+            tested = {"inside": float(np.mean(errors[~half] <= by_half)), "width": float(np.mean(high - low))}
             found[f"{level} %"] = {"half_width": half_width(errors, level)} | tested
     return found
 
@@ -71,17 +79,20 @@ def read(args) -> dict | None:
     try:
         (entry,) = hub.read_json(Path(args.intervals))["files"].values()
         found = entry["intervals"]
-    except (AttributeError, KeyError, ValueError):
+        way = dict(found["way"])
+        n = found["n"]
+        at_90 = found["90 %"] and float(found["90 %"]["half_width"])
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError(f"{name}: no metrics.json of one judge; let eval.py make it of one file") from None
     asked = arguments(args)
     for group, model in (("model", args.model), ("base", hub.base_of(args.model))):
         asked |= {f"{group} {part}": value for part, value in hub.identity(model).items()}
-    for option, value in found["way"].items():
+    for option, value in way.items():
         if asked.get(option) != value and (option, args.given) != ("num_cots", "cots"):
             what = f"{option} was {value!r:.40}, is {asked.get(option)!r:.40}"
             raise InputError(f"{name}: {what}; calibrate with predictions made in the same way")
-    if not found["90 %"]:
-        print(f"{name}: {found['n']} records are too few for 90 %: low and high will be null")
+    if at_90 is None:
+        print(f"{name}: {n} records are too few for 90 %: low and high will be null")
     return found
 
 

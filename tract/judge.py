@@ -85,6 +85,8 @@ class Judge:
                 arguments.append("--fp32")
             elif value is True:
                 arguments.append(flag)
+            elif isinstance(value, list):
+                arguments += [flag, *map(str, value)]
             elif value is not None and value is not False:
                 arguments.append(f"{flag}={value}")
         args = parser.parse_args(arguments)
@@ -94,10 +96,12 @@ class Judge:
         self.args = args
         self.model = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
 
-    def __call__(self, records: list[dict] | None = None, **record) -> dict | list[dict]:
+    def __call__(self, records: list[dict] | dict | None = None, **record) -> dict | list[dict]:
         """Return a record with the fields of predict.py, or a list of such for a list. Raises InputError."""
-        if records is None:
-            return self([record])[0]
+        if records is None or isinstance(records, dict):
+            return self([(records or {}) | record])[0]
+        if record or not isinstance(records, list):
+            refuse("give a list of records, or the fields of one: judge(instruction=…, response=…, rubric=…)")
         lines = []  # as in a file, so that all is checked that would be there
         for number, row in enumerate(records, 1):
             try:

@@ -112,14 +112,14 @@ def count(path: str, file: Predictions, common: Predictions) -> dict:
     }
 
 
-def groups_of(rows: list[dict], field: str) -> list:
+def groups_of(rows: list[dict], field: str) -> list[str]:
     """Return which group each record is of, as this field of it says. Raises InputError."""
+    groups = []
     for row in rows:
-        if not isinstance(row.get(field), str | int):
-            raise InputError(
-                f"--group {field}: record {row['id']!r} has no such field; give one that all have"
-            )
-    groups = [row[field] for row in rows]
+        if type(row.get(field)) not in (str, int):
+            what = f"record {row['id']!r} has no text or whole number there"
+            raise InputError(f"--group {field}: {what}; give a field that all have")
+        groups.append(str(row[field]))
     if len(set(groups)) < 2:
         raise InputError(f"--group {field}: all records are of one group, {groups[0]!r}; leave it away")
     return groups

@@ -49,6 +49,8 @@ def save_checkpoint(args, model, tokenizer, part: Path, settings: dict, started:
     skipped = sum(not line["taken"] for line in log)
     if skipped:
         print(f"{skipped} of {len(log)} steps were not finite and not taken, see log.jsonl")
+    if skipped == len(log):
+        raise Fault(f"{part}: no step was finite, nothing was trained; remove it, and try a lower --lr")
     whole = part / "whole"
     try:
         model.save_pretrained(whole, state_dict=weights)

@@ -14,6 +14,7 @@ import csv
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +59,34 @@ def read_rows(source: str, split: str) -> list:
         with open(path, encoding="utf-8-sig", newline="") as file:
             separator = max(",;\t", key=file.readline().count)  # the one that the header has most of
             file.seek(0)
-            table = csv.DictReader(file, delimiter=separator, strict=True)
-            columns = table.fieldnames or []
-            if len(set(columns)) < len(columns):
-                raise ValueError("two columns have the same name")
-            return list(table)
+            return read_table(csv.reader(file, delimiter=separator, strict=True))
     except Exception as error:  # csv, `datasets` and pyarrow have no base class of errors in common
         what = f"can't be read ({type(error).__name__}: {one_line(error)})"
         raise InputError(f"{source}: {what}; give {', '.join(FORMATS)} in UTF-8, or a folder") from None
+
+
+def read_table(cells: Iterable[list[str]]) -> list:
+    """Turn lines of cells, the first of them names of columns, into rows; an empty line stays one: None."""
+    header, *lines = cells
+    if not header:
+        raise ValueError("its first line, which names the columns, is empty")
+    for name in header:
+        if name and header.count(name) > 1:
+            raise ValueError(f"two columns are called {name!r}")
+    rows = []
+    for line in lines:
+        extra = {None: line[len(header) :]} if len(line) > len(header) else {}
+        rows.append(dict(zip(header, line, strict=False)) | extra if line else None)
+    return rows
 
 
 def choose_columns(args: argparse.Namespace, rows: list) -> dict[str, str]:
     """Return the column of each field: those of --map, then columns that are called as a field."""
     columns = dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row if name is not None)
     sources = dict(args.map)
+    twice = [field for field in sources if field in dict(args.set)]
+    if twice:
+        raise InputError(f"{twice[0]}: is in --map and in --set; leave one of them away")
     asked = [*sources.values(), *args.ratings]
     for column in [*asked, *filter(None, [args.group])]:
         if column not in columns:
@@ -103,7 +118,7 @@ def convert(row: Any, sources: dict[str, str], args: argparse.Namespace, id: str
     """Turn a row into a record, with this id if it has none, or say in a few words why it can't be one."""
     if not isinstance(row, dict) or None in row:
         return "no object, or more cells than the header has"
-    record = {"id": id} | dict(args.set)
+    record = {"id": id} | {field: read_cell(text, field) for field, text in args.set}
     for field, column in sources.items():
         value = read_cell(row.get(column), field)
         if field == "cot" and helpers.is_text(value):
@@ -156,7 +171,11 @@ def main() -> None:
     first = 2 if Path(args.source).suffix.lower() in (".csv", ".tsv") else 1
     made = []
     groups = {}  # id → what is held out together
+    numbers = []  # of the rows, in the file
     for number, row in enumerate(rows, first):
+        if row is None:
+            continue  # an empty line of a table
+        numbers.append(number)
         record = convert(row, sources, args, f"{Path(args.source).stem}-{number}")
         if isinstance(record, dict):
             if record["id"] in groups:
@@ -165,9 +184,9 @@ def main() -> None:
                 group = row.get(args.group) if args.group else record.get("instruction", record.get("prompt"))
                 groups[record["id"]] = " ".join(str(group).split())
         made.append(record)
-    kept, left_out = helpers.sort_out(made, args.source, range(first, first + len(made)))
+    kept, left_out = helpers.sort_out(made, args.source, numbers)
     taken = ", ".join(f"{field} from {column!r}" for field, column in sources.items())
-    print(f"{len(rows)} rows read, {len(kept)} kept: {taken}\n{left_out}", end="")
+    print(f"{len(made)} rows read, {len(kept)} kept: {taken}\n{left_out}", end="")
     sides = {path: [] for path in (args.out, valid) if path}
     for record in kept:
         held_out = helpers.is_held_out(groups[record["id"]], args.valid_fraction, args.seed)
