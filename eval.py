@@ -2,7 +2,7 @@
 
     python eval.py out/run/predictions.jsonl [more.jsonl ...] --out out/run/eval
 
-Writes metrics.json, figure.png and report.html (both, and all records) to --out and prints tables, for the
+Writes metrics.json, figure.png and report.html (both, and the records) to --out and prints tables, for the
 prediction (CoT-RAIL) and the decoded score. Several files are compared with the first, on the records they
 share and the same resamples. Records without score or prediction are left out and counted. Where records
 have the `ratings` of several people, each rater, and the judge in a rater's place, is compared with the mean
@@ -20,6 +20,7 @@ of the others. It also measures how far a prediction may be off, for predict.py 
 
 import argparse
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -114,8 +115,8 @@ def against_others(rows: list[dict], kind: str | None = None) -> dict | None:
 
 
 # The bootstrap: every metric anew on resamples of the records, drawn with replacement
-def draw_resamples(groups: list, resamples: int, seed: int) -> list[np.ndarray]:
-    """Return the indices of the records in each resample; entry 0 is the data itself.
+def draw_resamples(groups: list, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield the indices of the records in each resample; the first is the data itself.
 
     groups: which group each record is of (n,). Whole groups are drawn: records of one are alike, and would
     be counted as more evidence than they are. A record that is alike to no other is a group of its own.
@@ -124,30 +125,39 @@ def draw_resamples(groups: list, resamples: int, seed: int) -> list[np.ndarray]:
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
     members = [np.array(indices) for indices in members.values()]
-    drawn = np.random.default_rng(seed).integers(0, len(members), (resamples, len(members)))
-    picks = [np.concatenate([members[number] for number in numbers]) for numbers in drawn]
-    return [np.arange(len(groups)), *picks]
+    yield np.arange(len(groups))
+    random = np.random.default_rng(seed)
+    for _ in range(resamples):  # one at a time: all together would take gigabytes
+        numbers = random.integers(0, len(members), len(members))
+        if len(members) == len(groups):
+            yield numbers
+        else:
+            yield np.concatenate([members[number] for number in numbers])
 
 
-def bootstrap(file: Predictions, kind: str, picks: list[np.ndarray]) -> dict[str, np.ndarray]:
+def bootstrap(file: Predictions, kind: str, picks: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
     """Return every metric's values (1 + resamples,): on the data, then on each resample.
 
-    kind: the score to judge by, one of KINDS. picks: what draw_resamples returns.
+    kind: the score to judge by, one of KINDS. picks: what draw_resamples yields.
     """
     rows, grid = file
     predicted = np.array([row[kind] for row in rows], dtype=float)
     true = np.array([row["score"] for row in rows], dtype=float)
     predicted_points = np.array([grid.nearest(score) for score in predicted])
     true_points = np.array([grid.nearest(score) for score in true])
-    samples = {}
-    for name, metric in METRICS.items():
-        samples[name] = [metric(predicted[pick], true[pick]) for pick in picks]
-    for name, metric in AGREEMENT.items():
-        samples[name] = [metric(predicted_points[pick], true_points[pick]) for pick in picks]
-    if all(isinstance(row.get("response"), str) for row in rows):
-        length = np.array([len(row["response"]) for row in rows], dtype=float)
-        samples["length_bias"] = [length_bias(predicted[pick], true[pick], length[pick]) for pick in picks]
-    return {name: np.array(values) for name, values in samples.items()}
+    with_length = all(isinstance(row.get("response"), str) for row in rows)
+    length = np.array([len(row["response"]) for row in rows] if with_length else [], dtype=float)
+    samples = []
+    for pick in picks:
+        p = predicted[pick]
+        y = true[pick]
+        values = {name: metric(p, y) for name, metric in METRICS.items()}
+        for name, metric in AGREEMENT.items():
+            values[name] = metric(predicted_points[pick], true_points[pick])
+        if with_length:
+            values["length_bias"] = length_bias(p, y, length[pick])
+        samples.append(values)
+    return {name: np.array([values[name] for values in samples]) for name in samples[0]}
 
 
 def interval(samples: np.ndarray) -> dict:
@@ -197,14 +207,16 @@ def compare(
     first = next(iter(common))
     n = len(common[first].rows)
     groups = list(range(n)) if group is None else groups_of(common[first].rows, group)
-    picks = draw_resamples(groups, resamples, seed)  # the same for all files: so differences are paired
     report = {"reference": first, "evaluated": n, "resamples": resamples, "seed": seed, "files": {}}
     if group is not None:
         report |= {"group": group, "groups": len(set(groups))}
     report["one_rater"] = against_others(common[first].rows)
     samples = {}  # path → kind → metric → values (1 + resamples,)
     for path, file in common.items():
-        samples[path] = {kind: bootstrap(file, kind, picks) for kind in KINDS}
+        samples[path] = {}
+        for kind in KINDS:
+            picks = draw_resamples(groups, resamples, seed)  # the same for all: so differences are paired
+            samples[path][kind] = bootstrap(file, kind, picks)
     for path, file in common.items():
         entry = count(path, files[path], file)  # records, those left out and why, unfinished CoTs
         entry["difference"] = {}
@@ -252,7 +264,9 @@ def main() -> None:
     report = compare(files, common, args.resamples, args.seed, args.group)
     figure = draw(common, report)
     text = describe(report, common)
-    write(args.out, report, figure, page.render(common, text, figure))
+    worst = page.worst(common)
+    text += page.left_out(worst, common)
+    write(args.out, report, figure, page.render(worst, text, figure))
     print(text, end="")
 
 

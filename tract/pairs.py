@@ -123,8 +123,9 @@ def compare(pairs: list[list[dict]], resamples: int, seed: int) -> list[Group]:
     sections = {}  # section → number of pairs, their weight together, and means, of each of its subsets
     for (section, subset, weight), judged in subsets.items():
         n = len(judged)
-        picks = np.concatenate([np.arange(n)[None], random.integers(0, n, (resamples, n))])
-        means = np.array(judged)[picks].mean(1)  # (1 + resamples, 6)
+        values = np.array(judged)  # (n, 6)
+        means = [values[random.integers(0, n, n)].mean(0) for _ in range(resamples)]
+        means = np.array([values.mean(0), *means])  # (1 + resamples, 6)
         groups.append(make_group(section, subset, n, means))
         sections.setdefault(section, []).append((n, weight * n, means))
     section_means = []
