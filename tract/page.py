@@ -1,6 +1,7 @@
-"""The page report.html: what eval.py prints, its figure, and all records. Skip this file at first."""
+"""The page report.html: what eval.py prints, its figure, and the records. Skip this file at first."""
 
 import base64
+import json
 
 from jinja2 import Environment, FileSystemLoader  # comes with torch
 
@@ -8,6 +9,31 @@ from tract.records import ROOT, predicted
 from tract.scores import Predictions
 
 FIELDS = ("id", "score", "prediction", "decoded", "finished", "score_probs", "off_grid")
+ROOM = 30_000_000  # bytes of records, some 5,000 of MT-Bench's length: browsers open more but slowly
+
+
+def worst(common: dict[str, Predictions]) -> dict[str, Predictions]:
+    """Return the records that the page has room for: those with the largest error in one of the files."""
+    size = 0
+    kept = []
+    records = list(zip(*(file.rows for file in common.values()), strict=True))  # a row of each file
+    errors = [max(abs(row["prediction"] - row["score"]) for row in rows) for rows in records]
+    for number in sorted(range(len(records)), key=lambda number: -errors[number]):
+        for row in records[number]:
+            size += len(json.dumps([row.get(name) for name in (*FIELDS, "prompt", "cots")]))
+        if size > ROOM and kept:
+            break
+        kept.append(number)
+    kept.sort()  # as in the file
+    return {path: Predictions([rows[n] for n in kept], grid) for path, (rows, grid) in common.items()}
+
+
+def left_out(listed: dict[str, Predictions], common: dict[str, Predictions]) -> str:
+    """Return a line that says which records the page lists, "" where these are all."""
+    first = next(iter(common))
+    room = len(listed[first].rows)
+    n = len(common[first].rows)
+    return "" if room == n else f"report.html lists the {room} of {n} records with the largest errors\n"
 
 
 def render(common: dict[str, Predictions], printed: str, figure: bytes) -> str:
