@@ -11,8 +11,7 @@ After an interruption the same command goes on. The sampling is tract/writing.py
 """
 
 from tract import runs
-from tract.encode import encode_prompt
-from tract.files import Output, read_data, tokenising
+from tract.files import Output, encode_prompts, read_data
 from tract.options import choose_grid, make_writing_parser
 from tract.writing import load_judge, write_cots
 
@@ -24,16 +23,13 @@ def main() -> None:
     output = Output(args)
     records = read_data(args, needs=("id", "prompt", "score"))
     p_s = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
-    prompts = {}  # id → token ids
-    for record in tokenising(records):
-        prompts[record["id"]] = encode_prompt(p_s.tokenizer, record["prompt"])
-
+    prompts = encode_prompts(p_s.tokenizer, records)  # id → token ids
     lengths = {id: len(prompt) for id, prompt in prompts.items()}
     output.begin(p_s, records, lengths)  # drops what is too long, goes on after the records already written
     for chunk in output.chunks():
         # Swallows that memory runs out: chunks() then gives this chunk again, with half as many CoTs at once
         with output.halving():
-            chunk_prompts = [prompts[record["id"]] for record in chunk]
+            chunk_prompts = [prompts[record["id"]].tolist() for record in chunk]
             # The random numbers of a CoT hang on the id of its record
             written = write_cots(p_s, chunk, chunk_prompts, args, output.at_once)
             for record, cots in zip(chunk, written, strict=True):

@@ -10,8 +10,7 @@ the mean over N CoTs, --no-cot reads the score after the prompt (plain RAIL), --
 import json
 
 from tract import intervals, runs
-from tract.encode import encode_prompt
-from tract.files import Output, has_to_sample, read_data, tokenising
+from tract.files import Output, encode_prompts, has_to_sample, read_data
 from tract.judge import NEEDS, predict_from, ready_cots_of
 from tract.options import choose_grid, make_judging_parser
 from tract.scores import off_grid_line
@@ -26,27 +25,23 @@ def main() -> None:
     records = read_data(args, needs=NEEDS[args.given])
     judge = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
     samples_cots = has_to_sample(args)  # not with --given, nor with --no-cot
-    prompts = {}  # id → token ids
-    ready_cots = {}  # id → CoTs that need no sampling
-    lengths = {}  # id → tokens of the longest input: the prompt, or prompt, ready CoT and suffix
-    for record in tokenising(records):
-        id = record["id"]
-        prompts[id] = encode_prompt(judge.tokenizer, record["prompt"])
-        if samples_cots:
-            lengths[id] = len(prompts[id])
-        else:
-            ready_cots[id] = ready_cots_of(judge.tokenizer, record, prompts[id], args)
-            lengths[id] = max(len(cot.ids) for cot in ready_cots[id])
+    prompts = encode_prompts(judge.tokenizer, records)  # id → token ids
+    lengths = {id: len(prompt) for id, prompt in prompts.items()}  # tokens of the longest input, here prompts
+    if not samples_cots:  # prompt, ready CoT and suffix
+        for record in records:
+            cots = ready_cots_of(judge.tokenizer, record, prompts[record["id"]].tolist(), args)
+            lengths[record["id"]] = max(len(cot.ids) for cot in cots)
 
     output.begin(judge, records, lengths)
     for chunk in output.chunks():
         # Swallows that memory runs out: chunks() then gives this chunk again, with half as many CoTs at once
         with output.halving():
+            chunk_prompts = [prompts[record["id"]].tolist() for record in chunk]
             if samples_cots:
-                chunk_prompts = [prompts[record["id"]] for record in chunk]
                 chunk_cots = write_cots(judge, chunk, chunk_prompts, args, output.at_once)
             else:
-                chunk_cots = [ready_cots[record["id"]] for record in chunk]
+                pairs = zip(chunk, chunk_prompts, strict=True)
+                chunk_cots = [ready_cots_of(judge.tokenizer, *pair, args) for pair in pairs]
             # CoT-RAIL: ŷ = Σ_v p(v) · v by the score distribution after each CoT (rail in loss.py), then the
             # mean of ŷ over the CoTs
             predicted = predict_from(judge, chunk_cots, args)
