@@ -9,6 +9,7 @@ Training, generation and scoring all encode through this file, so a CoT is read 
 import re
 from array import array
 from collections.abc import Iterable
+from functools import cache
 from typing import NamedTuple
 
 from tract.records import Grid, InputError
@@ -157,6 +158,7 @@ def encode_text(tokenizer, text: str) -> list[int]:
     return [tokenizer.unk_token_id if id in control else id for id in ids]
 
 
+@cache  # Llama-3 has 256, and collecting these takes as long as encoding a CoT
 def control_tokens(tokenizer) -> dict[int, str]:
     """Return the tokens that only a chat template may write, such as </s> and <think>, by id.
 
