@@ -132,6 +132,18 @@ def test_tokens_that_were_added_are_text_in_a_text_and_tokens_in_a_template(gpt2
     assert tokenizer.decode(ids) == f"{text}<think>"
 
 
+def test_control_tokens_are_collected_once(gpt2_tokenizer, monkeypatch):
+    """Collect them anew for another tokenizer alone, though it be a copy; Llama-3 has 256."""
+    asked = []
+    tokens = property(lambda tokenizer: asked.append(id(tokenizer)) or {0: "<|end|>"})
+    monkeypatch.setattr(type(gpt2_tokenizer), "added_tokens_decoder", tokens)
+    one, another = copy.deepcopy(gpt2_tokenizer), copy.deepcopy(gpt2_tokenizer)
+    asked.clear()
+    for tokenizer in (one, another, one, another, one):
+        encoded(tokenizer)
+    assert asked == [id(one), id(another)]
+
+
 TEN = [
     Grid.parse("1,2,3,4,5,6,7,8,9,0=10"),
     Grid.parse(",".join(f"{t}={v}" for v, t in enumerate("ABCDEFGHIJ", 1))),

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from html.parser import HTMLParser
 
@@ -15,7 +16,7 @@ from conftest import ROOT
 from matplotlib.axes import Axes
 
 import eval
-from tract import scores
+from tract import page, scores
 from tract.records import Grid, InputError
 from tract.scores import off_grid_line
 
@@ -130,6 +131,19 @@ def test_records_of_a_group_are_drawn_together(lab):
     ):
         code, said = lab.fail("eval", lab.path / "one", "--out", lab.path / "x", "--group", field)
         assert code == 2 and f"--group {field}: {message}" in said
+
+
+def test_resamples_are_drawn_one_at_a_time_and_are_those_of_one_draw():
+    """Draw a thousand of 2,001 records in the memory of a few; all at once they take 16 MB."""
+    n = 2001
+    drawn = np.random.default_rng(3).integers(0, n, (1000, n))
+    tracemalloc.start()
+    picks = eval.draw_resamples(list(range(n)), 1000, 3)
+    for pick, wanted in zip(picks, [np.arange(n), *drawn], strict=True):
+        assert np.array_equal(pick, wanted)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000
 
 
 def test_what_cannot_be_compared_is_refused(lab):
@@ -338,3 +352,20 @@ def test_the_page_holds_tables_figure_and_records_and_text_stays_text(lab):
     assert first["rows"][0]["nearest"] == 3  # halves up: to 4
     prompts = [entry.get("prompt") for entry in second["rows"]]  # none where it is the same
     assert prompts == ["another", "", None, None, None] and second["rows"][1]["cots"] == []
+
+
+def test_the_page_keeps_to_its_room_and_says_so(lab, monkeypatch, capsys):
+    """List those that one of the two files judges worst, in the order of the file, at least one."""
+    rows = [row | {"prompt": "é" * 1000} for row in predictions(20)]  # 6,000 bytes of JSON each, in two files
+    errors = {3: 2, 5: 1, 11: 4, 17: 3}  # of which record, in the second file
+    changed = [row | {"prediction": row["score"] + errors.get(i, 0)} for i, row in enumerate(rows)]
+    paths = lab.write("a", rows), lab.write("b", changed)
+    for room, listed in ((40_000, ["r3", "r11", "r17"]), (5, ["r11"])):
+        monkeypatch.setattr(page, "ROOM", room)
+        lab.run("eval", *paths, "--resamples", 5, "--out", lab.path / f"eval{room}")
+        line = f"report.html lists the {len(listed)} of 20 records with the largest errors\n"
+        html = Page((lab.path / f"eval{room}/report.html").read_text("utf-8"))
+        for entries in json.loads(html.found["script"][0]):
+            assert [entry["id"] for entry in entries["rows"]] == listed
+        assert capsys.readouterr().out.endswith(line) and html.found["pre"][-1].strip().endswith(line.strip())
+        assert json.loads((lab.path / f"eval{room}/metrics.json").read_text())["evaluated"] == 20

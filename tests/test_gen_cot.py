@@ -11,6 +11,7 @@ import stage1_train
 from loss import Rail, rail
 from tract import batch, models, options, writing
 from tract.encode import encode_prefix, encode_prompt, encode_target
+from tract.files import encode_prompts
 from tract.models import TINY_SEED
 from tract.records import SUFFIX, Grid
 from tract.writing import Loaded, load_judge, sample
@@ -223,6 +224,14 @@ def test_out_of_memory_halves_the_batch(lab, monkeypatch):
     assert "out of memory: going on with 2 sequences at a time" in lab.capsys.readouterr().out
     for row, r in zip(lab.read("c.jsonl"), lab.rows, strict=False):  # the true score is kept
         assert {key: row[key] for key in r} == r and len(row["cots"]) == len(row["finished"]) == 1
+
+
+def test_prompts_are_held_in_four_bytes_a_token(mistral_tokenizer):
+    prompts = encode_prompts(mistral_tokenizer, ROWS)
+    for row in ROWS:
+        ids = encode_prompt(mistral_tokenizer, row["prompt"])
+        held = memoryview(prompts[row["id"]])
+        assert held.tolist() == ids and held.nbytes == 4 * len(ids)
 
 
 def test_shares_joined_are_what_one_process_writes(lab):
