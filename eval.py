@@ -29,7 +29,7 @@ from scipy import stats
 from tract import intervals, page, pairs, runs
 from tract.records import InputError
 from tract.report import describe, draw, write
-from tract.scores import Predictions, count, groups_of, read_predictions
+from tract.scores import Predictions, count, groups_of, keep_common, read_predictions
 
 KINDS = ("prediction", "decoded")  # CoT-RAIL, and the most likely score
 
@@ -172,30 +172,6 @@ def interval(samples: np.ndarray) -> dict:
 
 
 # The comparison: all files on the same records, and on the same resamples of them
-def keep_common(files: dict[str, Predictions]) -> dict[str, Predictions]:
-    """Return, for each path, only the records that have a score and a prediction in every file.
-
-    Raises InputError where there is no such record, or where the files do not agree on the true scores.
-    """
-    usable = {}  # path → id → record
-    for path, (rows, _) in files.items():
-        usable[path] = {}
-        for row in rows:
-            if row.get("score") is not None and row["prediction"] is not None:
-                usable[path][row["id"]] = row
-    first = next(iter(files))
-    in_all_files = set.intersection(*map(set, usable.values()))
-    ids = [id for id in usable[first] if id in in_all_files]
-    if not ids:
-        raise InputError(f"{', '.join(files)}: no record with score and prediction in common to evaluate")
-    common = {}
-    for path, (_, grid) in files.items():
-        common[path] = Predictions([usable[path][id] for id in ids], grid)
-        if any(usable[path][id]["score"] != usable[first][id]["score"] for id in ids):
-            raise InputError(f"{path}: its true scores differ from those of {first}; compare the same data")
-    return common
-
-
 def compare(
     files: dict, common: dict[str, Predictions], resamples: int, seed: int, group: str | None = None
 ) -> dict:

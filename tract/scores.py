@@ -90,6 +90,30 @@ def read_run_json(path: str) -> dict:
     return arguments | {"inputs": run.get("inputs", {})} if belongs else {}
 
 
+def keep_common(files: dict[str, Predictions]) -> dict[str, Predictions]:
+    """Return, for each path, only the records that have a score and a prediction in every file.
+
+    Raises InputError where there is no such record, or where the files do not agree on the true scores.
+    """
+    usable = {}  # path → id → record
+    for path, (rows, _) in files.items():
+        usable[path] = {}
+        for row in rows:
+            if row.get("score") is not None and row["prediction"] is not None:
+                usable[path][row["id"]] = row
+    first = next(iter(files))
+    in_all_files = set.intersection(*map(set, usable.values()))
+    ids = [id for id in usable[first] if id in in_all_files]
+    if not ids:
+        raise InputError(f"{', '.join(files)}: no record with score and prediction in common to evaluate")
+    common = {}
+    for path, (_, grid) in files.items():
+        common[path] = Predictions([usable[path][id] for id in ids], grid)
+        if any(usable[path][id]["score"] != usable[first][id]["score"] for id in ids):
+            raise InputError(f"{path}: its true scores differ from those of {first}; compare the same data")
+    return common
+
+
 def count(path: str, file: Predictions, common: Predictions) -> dict:
     """Return what a file is, how many of its records are not in `common` and why, and how sound those are."""
     rows, grid = common
