@@ -29,7 +29,8 @@ def main() -> None:
     lengths = {id: len(prompt) for id, prompt in prompts.items()}  # tokens of the longest input, here prompts
     if not samples_cots:  # prompt, ready CoT and suffix
         for record in records:
-            cots = ready_cots_of(judge.tokenizer, record, prompts[record["id"]].tolist(), args)
+            prompt_ids = prompts[record["id"]].tolist()
+            cots = ready_cots_of(judge.tokenizer, record, prompt_ids, args.given, args.grid)
             lengths[record["id"]] = max(len(cot.ids) for cot in cots)
 
     output.begin(judge, records, lengths)
@@ -40,11 +41,13 @@ def main() -> None:
             if samples_cots:
                 chunk_cots = write_cots(judge, chunk, chunk_prompts, args, output.at_once)
             else:
-                pairs = zip(chunk, chunk_prompts, strict=True)
-                chunk_cots = [ready_cots_of(judge.tokenizer, *pair, args) for pair in pairs]
+                chunk_cots = []
+                for record, prompt_ids in zip(chunk, chunk_prompts, strict=True):
+                    cots = ready_cots_of(judge.tokenizer, record, prompt_ids, args.given, args.grid)
+                    chunk_cots.append(cots)
             # CoT-RAIL: ŷ = Σ_v p(v) · v by the score distribution after each CoT (rail in loss.py), then the
             # mean of ŷ over the CoTs
-            predicted = predict_from(judge, chunk_cots, args)
+            predicted = predict_from(judge, chunk_cots, args.renormalise, args.intervals)
             for record, fields in zip(chunk, predicted, strict=True):
                 output.add(record, fields)
     lines = output.finish()  # all lines of the file, also those that an interrupted run wrote

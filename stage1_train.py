@@ -221,7 +221,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     share = sum(example.n_supervised for example in examples) / tokens
     print(f"{len(examples)} examples, {tokens} tokens, {share:.0%} supervised; {len(plan)} steps")
     print(f"{len(held_out)} held out" if held_out else "no --valid: nothing is held out")
-    say_what_lambda_weighs(args)
+    say_what_lambda_weighs(args.grid, args.lam, args.penalty)
     if args.dry_run:
         show_example(args, tokenizer, examples[0], score_ids)
         return

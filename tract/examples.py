@@ -13,7 +13,7 @@ from tqdm import tqdm
 from tract import hub, models, ranks, runs
 from tract.adapters import four_bit_options
 from tract.encode import Example, encode
-from tract.records import InputError, read_records
+from tract.records import Grid, InputError, read_records
 
 
 def check_options(args) -> None:
@@ -93,12 +93,12 @@ def show_example(args, tokenizer, example: Example, score_ids: list[int]) -> Non
     print(f"\nlast token, with CE: {tokenizer.decode([ids[-1]])!r}\n\n--dry-run: nothing was written")
 
 
-def say_what_lambda_weighs(args) -> None:
+def say_what_lambda_weighs(grid: Grid, lam: float, penalty: str) -> None:
     """Print what λ would be on the grid 1 to 5: the squared error grows with the square of the scale."""
-    width = args.grid.values[-1] - args.grid.values[0]
-    if args.lam and width != 4:
-        scale = (4 / width) ** 2 if args.penalty == "squared" else 4 / width
-        weight = f"λ = {args.lam:g} weighs as much as {args.lam / scale:g} on 1 to 5"
+    width = grid.values[-1] - grid.values[0]
+    if lam and width != 4:
+        scale = (4 / width) ** 2 if penalty == "squared" else 4 / width
+        weight = f"λ = {lam:g} weighs as much as {lam / scale:g} on 1 to 5"
         print(f"the grid is {width:g} wide: {weight}; --lambda {scale:.2g} would weigh as much as 1")
 
 

@@ -96,11 +96,11 @@ def read(args) -> dict | None:
     return found
 
 
-def fields(prediction: float | None, args) -> dict:
+def fields(prediction: float | None, calibration: dict | None, grid: Grid) -> dict:
     """Return what --intervals adds to a record: the ends of the 90 % interval, null where there is none."""
-    if args.intervals is None:
+    if calibration is None:
         return {}
-    if prediction is None or not args.intervals["90 %"]:
+    if prediction is None or not calibration["90 %"]:
         return {"low": None, "high": None}
-    low, high = around(prediction, args.intervals["90 %"]["half_width"], args.grid)
+    low, high = around(prediction, calibration["90 %"]["half_width"], grid)
     return {"low": significant(low), "high": significant(high)}

@@ -20,23 +20,29 @@ NEEDS = {  # --given → fields that records must have
 }
 
 
-def ready_cots_of(tokenizer, record: dict, prompt_ids: list[int], args) -> list[Cot]:
-    """Return the CoTs that a record has (--given), for --no-cot an empty one, without scores."""
-    if args.given == "cots":
+def ready_cots_of(tokenizer, record: dict, prompt_ids: list[int], given: str | None, grid: Grid) -> list[Cot]:
+    """Return the CoTs in the field `given` of a record, an empty one for None (--no-cot); without scores."""
+    if given == "cots":
         texts = record["cots"]
         finished = record["finished"]
     else:
-        texts = [record["cot"]] if args.given == "cot" else [""]
+        texts = [record["cot"]] if given == "cot" else [""]
         finished = [True]
     cots = []
     for text, is_finished in zip(texts, finished, strict=True):
-        ids = encode_prefix(tokenizer, prompt_ids, text, args.grid)  # prompt, CoT and suffix
+        ids = encode_prefix(tokenizer, prompt_ids, text, grid)  # prompt, CoT and suffix
         cots.append(Cot(text, is_finished, ids))
     return cots
 
 
-def predict_from(judge: Loaded, cots_of_records: list[list[Cot]], args) -> list[dict]:
-    """Return what predict.py adds to each record; the prediction is the mean over its CoTs."""
+def predict_from(
+    judge: Loaded, cots_of_records: list[list[Cot]], renormalise: bool, calibration: dict | None
+) -> list[dict]:
+    """Return what predict.py adds to each record; the prediction is the mean over its CoTs.
+
+    calibration: what intervals.read returns.
+    """
+    grid = judge.grid
     # Where a sampled CoT reached the suffix, its score distribution came with it; the others lack it
     unscored = [cot for cots in cots_of_records for cot in cots if cot.scores is None]
     distributions = score(judge, [cot.ids for cot in unscored])
@@ -46,18 +52,18 @@ def predict_from(judge: Loaded, cots_of_records: list[list[Cot]], args) -> list[
     for cots in cots_of_records:
         # Round before computing, so that anyone can compute the prediction from the file
         score_probs = [[significant(p) for p in cot.scores.probs] for cot in cots]
-        prediction, decoded = predicted(score_probs, args.grid, args.renormalise)
+        prediction, decoded = predicted(score_probs, grid, renormalise)
         fields = {
             "cots": [cot.text for cot in cots],
             "finished": [cot.finished for cot in cots],
-            "suffix": args.grid.suffix.strip(),
+            "suffix": grid.suffix.strip(),
             "score_probs": score_probs,
             "off_grid": [significant(cot.scores.off_grid) for cot in cots],
-            "grid": str(args.grid),
-            "renormalised": args.renormalise,
+            "grid": str(grid),
+            "renormalised": renormalise,
             "prediction": prediction,  # the mean of Σ_v p(v) · v over the CoTs
             "decoded": decoded,  # the mean of the likeliest scores
-            **intervals.fields(prediction, args),
+            **intervals.fields(prediction, calibration, grid),
         }
         found.append(fields)
     return found
@@ -119,14 +125,18 @@ class Judge:
             prompts.append(encode_prompt(self.model.tokenizer, row["prompt"]))
             length = len(prompts[-1])
             if not writes:
-                cots.append(ready_cots_of(self.model.tokenizer, row, prompts[-1], self.args))
+                cots.append(
+                    ready_cots_of(self.model.tokenizer, row, prompts[-1], self.args.given, self.args.grid)
+                )
                 length = max(len(cot.ids) for cot in cots[-1])
             if length > longest:
                 raise InputError(f"record {number}: has {length} tokens, more than {longest}; shorten it")
         if writes:
             cots = write_cots(self.model, rows, prompts, self.args, self.args.batch_size)
         judged = []
-        for row, fields in zip(rows, predict_from(self.model, cots, self.args), strict=True):
+        for row, fields in zip(
+            rows, predict_from(self.model, cots, self.args.renormalise, self.args.intervals), strict=True
+        ):
             kept = {name: value for name, value in row.items() if name not in PREDICTED}
             judged.append(kept | fields)
         return judged
