@@ -10,7 +10,7 @@ from tract import hub, intervals
 from tract.encode import encode_prefix, encode_prompt
 from tract.files import check_options, has_to_sample, longest_prompt
 from tract.options import choose_grid, make_judging_parser
-from tract.records import PREDICTED, InputError, predicted, records_of, significant
+from tract.records import PREDICTED, Grid, InputError, predicted, records_of, significant
 from tract.writing import Cot, Loaded, load_judge, score, write_cots
 
 NEEDS = {  # --given → fields that records must have
@@ -117,26 +117,25 @@ class Judge:
         rows = records_of(lines, "record ", self.args.grid, NEEDS[self.args.given])
         if not rows:
             return []
-        writes = has_to_sample(self.args)
-        longest = longest_prompt(self.model, self.args)
+        args = self.args
+        tokenizer = self.model.tokenizer
+        samples_cots = has_to_sample(args)
+        longest = longest_prompt(self.model, args)
         prompts = []
         cots = []  # of each record
         for number, row in enumerate(rows, 1):
-            prompts.append(encode_prompt(self.model.tokenizer, row["prompt"]))
+            prompts.append(encode_prompt(tokenizer, row["prompt"]))
             length = len(prompts[-1])
-            if not writes:
-                cots.append(
-                    ready_cots_of(self.model.tokenizer, row, prompts[-1], self.args.given, self.args.grid)
-                )
+            if not samples_cots:
+                cots.append(ready_cots_of(tokenizer, row, prompts[-1], args.given, args.grid))
                 length = max(len(cot.ids) for cot in cots[-1])
             if length > longest:
                 raise InputError(f"record {number}: has {length} tokens, more than {longest}; shorten it")
-        if writes:
-            cots = write_cots(self.model, rows, prompts, self.args, self.args.batch_size)
+        if samples_cots:
+            cots = write_cots(self.model, rows, prompts, args, args.batch_size)
         judged = []
-        for row, fields in zip(
-            rows, predict_from(self.model, cots, self.args.renormalise, self.args.intervals), strict=True
-        ):
+        predicted_fields = predict_from(self.model, cots, args.renormalise, args.intervals)
+        for row, fields in zip(rows, predicted_fields, strict=True):
             kept = {name: value for name, value in row.items() if name not in PREDICTED}
             judged.append(kept | fields)
         return judged
