@@ -68,13 +68,6 @@ def cot_raft_loss(
     targets       (R,)    the token to be predicted at each position
     is_score      (R,)    bool, True at the B positions that predict a score
     true_scores   (R,)    y*, real-valued, at these positions; what it holds at the others does not matter
-    n_tokens, n_sequences
-                  tokens with CE and sequences of the whole optimiser step. Sums are divided by these,
-                  so that the losses of its batches add up to that of the step. Default: counts of this batch.
-
-    By default CE is of CoT and score, as in the formula, and a mean over tokens, as in the authors' code.
-    Other choices are there to be compared with that:
-
     lam           λ, the weight of the penalty; 0 leaves plain CE
     penalty       squared (score units squared), rps or ntl (score units): see `penalty_of`
     ce_weight     weight of the CE; 0 leaves the penalty alone
@@ -82,11 +75,8 @@ def cot_raft_loss(
                   token    the token in `targets`, that of the grid point nearest to y*, as in the formula
                   two-hot  y* split between two tokens: −Σ_v t(v) log p(str(v)) with t = `two_hot`
                   none     there is no CE, as in the authors' code
-    score_weight  None: the score is one token among those of its CoT
-                  w: its CE has a divisor of its own, CE = Σ_CoT / n_tokens + w · Σ_score / n_sequences,
-                  where n_tokens counts the scores, too. With ce_sum both divisors are n_sequences
-    ce_sum        False: the CE is the mean over tokens, as in the authors' code
-                  True: it is summed over each sequence, as in the formula, then the mean over sequences
+    score_weight, ce_sum, n_tokens, n_sequences
+                  what the CE is a mean over: see `mean_ce`
 
     Worked example: one sequence, V = 4, scores 1 and 5 are the tokens 2 and 3, y* = 5. One CoT token has
     probability .5, the logits of the score are log [.1, .1, .2, .6]. CE = (ln 2 − ln .6) / 2 = .602, squared
@@ -96,25 +86,48 @@ def cot_raft_loss(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits_at_score = logits[is_score]  # (B, V)
     y = true_scores[is_score].to(logits.dtype)  # (B,)
-    if n_sequences is None:
-        n_sequences = len(y)
-
     nll = F.cross_entropy(logits, targets, reduction="none")  # (R,)
     if score_ce == "two-hot":
         nll[is_score] = two_hot_ce(logits_at_score, y, score_ids, score_values)
-    elif score_ce == "none":
+    if n_sequences is None:
+        n_sequences = len(y)
+    ce = mean_ce(nll, is_score, score_ce != "none", score_weight, ce_sum, n_tokens, n_sequences)
+    penalties = penalty_of(penalty, logits_at_score, y, score_ids, score_values)  # (B,)
+    mean_penalty = penalties.sum() / max(n_sequences, 1)
+    return Loss(ce_weight * ce + lam * mean_penalty, ce.detach(), mean_penalty.detach())
+
+
+def mean_ce(
+    nll: Tensor,
+    is_score: Tensor,
+    with_scores: bool,
+    score_weight: float | None,
+    ce_sum: bool,
+    n_tokens: int | None,
+    n_sequences: int,
+) -> Tensor:
+    """Return the CE as one number, of the CE at each position.
+
+    nll           (R,)  negative log-likelihoods
+    with_scores   False: the score's position has no CE
+    score_weight  None: the score is one token among those of its CoT
+                  w: its CE has a divisor of its own, CE = Σ_CoT / n_tokens + w · Σ_score / n_sequences,
+                  where n_tokens counts the scores, too. With ce_sum both divisors are n_sequences
+    ce_sum        False: a mean over tokens, as in the authors' code
+                  True: summed over each sequence, as in the formula, then a mean over sequences
+    n_tokens, n_sequences
+                  tokens with CE and sequences of the whole optimiser step. Sums are divided by these, so that
+                  the losses of its batches add up to that of the step. By default this batch is counted
+    """
+    if not with_scores:
         nll = nll[~is_score]  # (R − B,)
     if n_tokens is None:
         n_tokens = len(nll)
     divisor = max(n_sequences if ce_sum else n_tokens, 1)  # a batch may hold no CE token, its CE is then 0
     if score_weight is None:
-        ce = nll.sum() / divisor
-    else:  # with score_ce "none" there is nothing to weigh: the scripts refuse that
-        ce = nll[~is_score].sum() / divisor + score_weight * nll[is_score].sum() / max(n_sequences, 1)
-
-    penalties = penalty_of(penalty, logits_at_score, y, score_ids, score_values)  # (B,)
-    mean_penalty = penalties.sum() / max(n_sequences, 1)
-    return Loss(ce_weight * ce + lam * mean_penalty, ce.detach(), mean_penalty.detach())
+        return nll.sum() / divisor
+    # Without CE at the score there is nothing to weigh: the scripts refuse that
+    return nll[~is_score].sum() / divisor + score_weight * nll[is_score].sum() / max(n_sequences, 1)
 
 
 def penalty_of(
