@@ -104,11 +104,11 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         self.done = load_state(self.folder, *self.trained)
-        self.handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
         path = os.devnull if ranks.rank() else self.folder / "log.jsonl"
         self.log = open(path, "a", buffering=1)
         self.bar = runs.progress(self.n_steps, self.done, self.label, "step", quiet=ranks.rank() > 0)
         self.started = time.time()
+        self.handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error) -> None:
