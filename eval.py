@@ -103,8 +103,7 @@ def against_others(rows: list[dict], kind: str | None = None) -> dict | None:
             continue
         for k, rating in enumerate(ratings):
             scores.append(rating if kind is None else row[kind])  # the judge takes each rater's place in turn
-            others = ratings[:k] + ratings[k + 1 :]
-            means_of_others.append(np.mean(others))
+            means_of_others.append(np.mean(ratings[:k] + ratings[k + 1 :]))
     if not scores:
         return None
     found = {"ratings": len(scores)}

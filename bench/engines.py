@@ -62,15 +62,15 @@ def drive(args) -> dict:
     return found
 
 
-def compare(own: dict, vllm: dict) -> list[tuple[str, str, bool]]:
+def compare(ours: dict, vllm: dict) -> list[tuple[str, str, bool]]:
     """Return for each task how far the engines are apart, in words, and whether they agree."""
-    probs = [engine["given CoTs"]["found"] for engine in (own, vllm)]
+    probs = [engine["given CoTs"]["found"] for engine in (ours, vllm)]
     apart = float(np.abs(np.subtract(*probs)).max())
-    greedy = zip(own["greedy CoTs"]["found"], vllm["greedy CoTs"]["found"], strict=True)
-    same = [ours["cot"] == theirs["cot"] for ours, theirs in greedy]
-    sampled = [engine["sampled CoTs"]["found"] for engine in (own, vllm)]
+    greedy = zip(ours["greedy CoTs"]["found"], vllm["greedy CoTs"]["found"], strict=True)
+    same = [a["cot"] == b["cot"] for a, b in greedy]
+    sampled = [engine["sampled CoTs"]["found"] for engine in (ours, vllm)]
     lengths = np.array([[len(row["cot"].split()) for row in rows] for rows in sampled])
-    r = [np.corrcoef([row["expected"] for row in rows], own["scores"])[0, 1] for rows in sampled]
+    r = [np.corrcoef([row["expected"] for row in rows], ours["scores"])[0, 1] for rows in sampled]
     same_length = abs(np.subtract(*lengths.mean(1))) < 3 * math.sqrt(lengths.var(1).sum() / len(same))
     same_r = abs(np.subtract(*np.arctanh(r))) < 3 * math.sqrt(2 / (len(same) - 3))
     words = "{:.1f} and {:.1f} words; r {:.2f} and {:.2f}".format(*lengths.mean(1), *r)
@@ -104,10 +104,11 @@ def main() -> None:
         for engine, python in (("torch", sys.executable), ("vllm", args.vllm)):
             command = [python, *sys.argv, "--drive", engine, "--out", str(files[engine])]
             subprocess.run(command, check=True, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"})
-        own, vllm = (json.loads(file.read_text("utf-8")) for file in files.values())
+        ours = json.loads(files["torch"].read_text("utf-8"))
+        vllm = json.loads(files["vllm"].read_text("utf-8"))
     rows = []
-    for task, words, agree in compare(own, vllm):
-        ratio = vllm[task]["seconds"] / own[task]["seconds"]
+    for task, words, agree in compare(ours, vllm):
+        ratio = vllm[task]["seconds"] / ours[task]["seconds"]
         rows.append([task, words, "yes" if agree else "no", f"{ratio:.2f}"])
     print(table(["task", "own engine and vLLM", "agree", "time of vLLM / own"], rows), end="")
     if any(row[2] == "no" for row in rows):

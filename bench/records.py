@@ -76,7 +76,9 @@ def main() -> None:
             process = get_context("spawn").Process(target=measure, args=(script, arguments))
             process.start()
             process.join()
+            if process.exitcode:
+                raise runs.Fault(f"{script.__module__}: did not end well, nothing is measured")
 
 
 if __name__ == "__main__":
-    main()
+    runs.run(main)

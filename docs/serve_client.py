@@ -22,7 +22,10 @@ def complete(url: str, ids: list[int], **settings) -> dict:
 
 def main() -> None:
     url, folder, data = sys.argv[1:]
-    grid = records.Grid.parse(hub.trained(folder)["grid"], hub.trained(folder)["suffix"])  # of its run.json
+    trained = hub.trained(folder)  # its run.json
+    if not trained:
+        raise records.InputError(f"{folder}: no run.json of this repository; give the --out of a training")
+    grid = records.Grid.parse(trained["grid"], trained["suffix"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     _, score_ids = encode.score_tokens(tokenizer, grid)
     stop = grid.suffix.strip()
@@ -34,7 +37,7 @@ def main() -> None:
         cot = complete(url, prompt, stop=stop, **sampling)
         ids = encode.encode_prefix(
             tokenizer, prompt, cot["text"], grid
-        )  # prompt, CoT, suffix: as in training
+        )  # prompt, CoT, suffix, as in training
         found = complete(url, ids, max_tokens=1, **wanted)["logprobs"]["top_logprobs"][0]
         probs = [math.exp(found[f"token_id:{id}"]) for id in score_ids]  # over the whole vocabulary
         record["prediction"], record["decoded"] = records.predicted([probs], grid)
@@ -43,4 +46,5 @@ def main() -> None:
         print(runs.to_line(record), end="", flush=True)
 
 
-runs.run(main)
+if __name__ == "__main__":
+    runs.run(main)

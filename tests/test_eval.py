@@ -287,12 +287,8 @@ def test_a_killed_or_another_eval_is_in_nobodys_way(lab, monkeypatch):
     monkeypatch.setattr(eval, "draw", lambda *_: other.mkdir() or b"")  # another eval.py was faster
     code, said = lab.fail(*command, other)
     assert code == 2 and "is there already" in said and not list(other.iterdir())
-    assert {entry.name for entry in lab.path.iterdir()} == {
-        "p",
-        "out",
-        "out.part",
-        "other",
-    } and left.is_file()
+    assert {entry.name for entry in lab.path.iterdir()} == {"p", "out", "out.part", "other"}
+    assert left.is_file()
 
 
 def test_any_name_of_a_file_can_be_drawn(lab):

@@ -39,7 +39,7 @@ def test_two_requests_make_a_prediction(lab, tiny_tokenizer, monkeypatch):
     data = lab.write("one.jsonl", lab.rows[:1])
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(sys, "argv", ["serve_client", address, str(folder), str(data)])
-    runpy.run_module("docs.serve_client")
+    runpy.run_module("docs.serve_client", run_name="__main__")
     server.shutdown()
     row = json.loads(lab.capsys.readouterr().out)
     ids = encode_prompt(tiny_tokenizer, lab.rows[0]["prompt"])
@@ -48,6 +48,5 @@ def test_two_requests_make_a_prediction(lab, tiny_tokenizer, monkeypatch):
         encode_prefix(tiny_tokenizer, ids, "this answer is good", grid),
     ]
     assert asked[0]["stop"] == "So the overall score is" and asked[1]["logprob_token_ids"] == score_ids
-    assert (
-        row["prediction"] == 2.9 and row["decoded"] == 4 and row["finished"] == [True]
-    )  # 1 · .1 + 2 · .2 + …
+    assert row["prediction"] == 2.9  # 1 · .1 + 2 · .2 + …
+    assert row["decoded"] == 4 and row["finished"] == [True]

@@ -84,7 +84,9 @@ def plan_epoch(examples: list[Example], size: int, name: str) -> list[list[Examp
 def show_example(args, tokenizer, example: Example, score_ids: list[int]) -> None:
     """Print the options, and an example with its loss mask: what --dry-run is for."""
     print(json.dumps(vars(args) | {"grid": str(args.grid)}, default=str, indent=2))
-    ids, start, score = example.ids, example.start, example.score_position
+    ids = example.ids
+    start = example.start
+    score = example.score_position
     print(f"\nrecord {example.id}, {start} tokens without loss:\n{tokenizer.decode(ids[:start])}")
     print(f"\n{score - start} tokens with CE:\n{tokenizer.decode(ids[start:score])}")
     token = f"{tokenizer.decode([ids[score]])!r} (id {ids[score]})"

@@ -37,7 +37,7 @@ def left_out(listed: dict[str, Predictions], common: dict[str, Predictions]) -> 
 
 
 def render(common: dict[str, Predictions], printed: str, figure: bytes) -> str:
-    """Fill in page.html: a page that needs no other file. printed: by eval.py's show. figure: a PNG."""
+    """Fill in page.html: it needs no other file. printed: by report.describe. figure: a PNG."""
     files = []
     for path, (rows, grid) in common.items():
         entries = []

@@ -93,9 +93,9 @@ class Journal:
     """
 
     def __init__(self, args, folder: Path, model, optimiser, schedule, n_steps: int):
-        self.folder, self.save_every, self.n_steps = folder, args.save_every, n_steps
-        self.label = f"stage {args.stage}"
-        self.epochs = args.epochs
+        self.args = args
+        self.folder = folder
+        self.n_steps = n_steps
         self.held_out = "held out, without CoTs" if args.no_cot else "held out, on the CoTs given"
         self.trained = (model, optimiser, schedule)
         self.bad_steps = 0  # in a row
@@ -104,9 +104,9 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         self.done = load_state(self.folder, *self.trained)
-        path = os.devnull if ranks.rank() else self.folder / "log.jsonl"
-        self.log = open(path, "a", buffering=1)
-        self.bar = runs.progress(self.n_steps, self.done, self.label, "step", quiet=ranks.rank() > 0)
+        self.log = open(os.devnull if ranks.rank() else self.folder / "log.jsonl", "a", buffering=1)
+        label = f"stage {self.args.stage}"
+        self.bar = runs.progress(self.n_steps, self.done, label, "step", quiet=ranks.rank() > 0)
         self.started = time.time()
         self.handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -142,12 +142,12 @@ class Journal:
             ids = ", ".join(example.id for example in window)
             self.bar.write(f"step {step} not taken, not finite: {ids}")
         if "valid" in line:
-            epoch = step * self.epochs // self.n_steps
+            epoch = step * self.args.epochs // self.n_steps
             values = "CE {ce:.3f} a token, RMSE {rmse:.3f}".format(**line["valid"])
             self.bar.write(f"epoch {epoch}: {self.held_out}: {values}")
         stopping = ranks.anyone(self.stopping)
         too_bad = self.bad_steps == BAD_STEPS
-        if step % self.save_every == 0 or step == self.n_steps or too_bad or stopping:
+        if step % self.args.save_every == 0 or step == self.n_steps or too_bad or stopping:
             if not ranks.rank():
                 os.fsync(self.log.fileno())  # the log may be ahead of the state, never behind
             save_state(self.folder, *self.trained, step)
