@@ -25,9 +25,11 @@ from tract import models, runs
 from tract.records import ROOT, Grid, InputError, read_records
 
 SETTINGS = ROOT / "results/real/settings.json"
-for loss in ("two-hot", "rps"):
-    STEPS[loss] = f"{STEPS['tract']} {LOSSES[loss]}"
-ROWS = ["seed", "seed-no-cot", "ce-no-cot", "raft", "ce", "a1", "a2", "tract", "two-hot", "rps"]
+# Stage 2 on the same CoTs, those of p_s, with another loss; "ce" itself is a row of stage 1
+SAME_COTS = {"token": "ce"} | {loss: loss for loss in ("two-hot", "rps", "ce-w1", "two-hot-w1", "tract-0.02")}
+for row, loss in SAME_COTS.items():
+    STEPS[row] = f"{STEPS['tract']} {LOSSES[loss]}"
+ROWS = ["seed", "seed-no-cot", "ce-no-cot", "raft", "ce", "a1", "a2", "tract", *SAME_COTS]
 
 
 def fast_precision() -> str:
@@ -40,6 +42,7 @@ def fast_precision() -> str:
 
 
 def setup_of(settings: dict, data: str) -> Setup:
+    """Return what the commands of a task have in common; its records lie in DATA."""
     model = "out/real/smollm2"
     given = {"seed": model, "seed-no-cot": model, "train.jsonl": f"{data}/train.jsonl"}
     common = {"grid": settings["grid"], fast_precision(): ""}
@@ -122,21 +125,22 @@ def main() -> None:
     parser.set_defaults(seeds=[1, 2, 3])
     args = parser.parse_args()
     os.chdir(ROOT)
-    args.out = args.out / args.task
     task = settings["tasks"][args.task]
+    data = args.out / task.get("records", args.task)
+    args.out = args.out / args.task
     num_cots = {"a1": args.num_cots, "tract": args.num_cots}
-    tests = ablations.tests_of(args.rows, args.split, str(args.out), num_cots)
+    tests = ablations.tests_of(args.rows, args.split, str(data), num_cots)
     for seed in args.seeds:
         check_pack(f"{args.out}/seed{seed}", task)
-    folders = ablations.predict(args, tests, setup_of(task, str(args.out)))
+    folders = ablations.predict(args, tests, setup_of(task, str(data)))
     if args.split == "test":
         for folder in folders:
             pack(folder, [f"{row}.{test}" for row, test in tests], task)
     report = {"task": args.task, "settings": task, "seeds": args.seeds}
     report |= ablations.summarise(folders, tests, args.split)
     grid = Grid.parse(task["grid"])
-    train = read_records(args.out / "train.jsonl", grid, ("score", "texts"))
-    test = read_records(args.out / f"{args.split}.jsonl", grid, ("score", "texts"))
+    train = read_records(data / "train.jsonl", grid, ("score", "texts"))
+    test = read_records(data / f"{args.split}.jsonl", grid, ("score", "texts"))
     report["baselines"] = baselines(train, test)
     runs.write_whole(args.out / "metrics.json", json.dumps(report, indent=1) + "\n")
     print(f"{args.out}/metrics.json; python results/real/draw.py {args.out}/metrics.json draws it")
