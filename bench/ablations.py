@@ -65,7 +65,7 @@ LOSSES = {
     "two-hot-tract": "--score-ce two-hot",
     "only-tract": "--score-ce none",
     "only-rps": "--score-ce none --penalty rps",
-    # The controls: CE of the score weighs as much as a squared error, and a squared error as little as a token
+    # Controls: a score whose CE weighs as much as a squared error, and a squared error that weighs a token
     "ce-w1": "--lambda 0 --score-weight 1",
     "two-hot-w1": "--lambda 0 --score-ce two-hot --score-weight 1",
     "tract-0.02": "--lambda 0.02",
