@@ -10,9 +10,8 @@
 #   make real ISTS=DIR FEEDBACKQA=DIR
 #                        every method on people's words and scores with SmolLM2-135M, three seeds: minutes a model on a
 #                        GPU, hours on a CPU; files under out/real (TASKS=ists for one of the two, JOBS=14 for so many
-#                        commands at a time; data/*/README.md says where the data are)
-#   make out/real/saf/train.jsonl SAF=DIR
-#                        records of a third task, with two tests of their own (data/saf/README.md)
+#                        commands at a time; data/*/README.md says where the data are; TASKS=saf SAF=DIR for a third
+#                        task, with two tests)
 #   make test            the tests
 #   make test-vllm ISTS=DIR
 #                        vLLM beside our own engine: the same scores and CoTs? (its CPU build, in .venv-vllm)

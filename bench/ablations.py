@@ -17,7 +17,7 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from transformers import MistralForCausalLM  # noqa: F401, so that forked comman
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.tiny import ideal
-from eval import interval
+from eval import draw_resamples, interval
 from loss import two_hot
 from tract import runs
 from tract.records import ROOT, InputError, read_records
@@ -109,28 +109,42 @@ for targets_and_grid, losses in COMPARED.items():
 ON_REAL = {row for row in REFERENCE if "rating" not in row}  # tested on real-valued scores
 
 SETTINGS = runs.read_json(ROOT / "results/ablations/settings.json")  # options of both training scripts
+FILES = ("test", "test_ood")  # what rows are tested on; the first is the main one
 RESAMPLES = 1000  # of seeds and records
 GROUPS = {"main": MAIN, "loss": [*REFERENCE]}
 ROWS = [*MAIN, *REFERENCE]
 
 
-def tests_of(rows: Iterable[str], split: str, data: str = "data/tiny", num_cots: dict = NUM_COTS) -> dict:
-    """Return what the rows are tested on: (row, test) → the command that predicts it, with @NAME for NAME."""
+def tests_of(
+    rows: Iterable[str], files: Sequence[str] = FILES, data: str = "data/tiny", num_cots: dict = NUM_COTS
+) -> dict:
+    """Return what the rows are tested on: (row, test) → the command that predicts it, with @NAME for NAME.
+
+    files: of records in DATA. A test has the name of its file; on others' CoTs, see `file_of`.
+    """
     tests = {}
     for row in rows:
         command = f"predict.py --model @{row} --data"
         suffix = "_real" if row in ON_REAL else ""
         no_cot = "--no-cot" if row in WITHOUT_COT else ""
         many = f"--num-cots {num_cots[row]}" if row in num_cots else ""
-        tests[row, split] = f"{command} {data}/{split}{suffix}.jsonl {no_cot} {many}"
-        if split == "test" and data == "data/tiny":  # no other task has such records
-            tests[row, "test_ood"] = f"{command} {data}/test_ood{suffix}.jsonl {no_cot}"
+        for file in files:
+            cots = many if file == files[0] else ""
+            tests[row, file] = f"{command} {data}/{file}{suffix}.jsonl {no_cot} {cots}"
         # The argument for stage 2: p_s and p_tract on annotated CoTs, p_tract on those of p_s
-        if split == "test" and row in ("a1", "tract"):
-            tests[row, "annotated"] = f"{command} {data}/test.jsonl --given cot"
-        if split == "test" and row == "tract" and "a1" in rows:
-            tests[row, "p_s"] = f"{command} @a1.test.jsonl --given cots"
+        for file in files:
+            before = "" if file == files[0] else f"{file}-"
+            if file != "valid" and row in ("a1", "tract"):
+                tests[row, f"{before}annotated"] = f"{command} {data}/{file}.jsonl --given cot"
+            if file != "valid" and row == "tract" and "a1" in rows:
+                tests[row, f"{before}p_s"] = f"{command} @a1.{file}.jsonl --given cots"
     return tests
+
+
+def file_of(test: str, files: Sequence[str]) -> str:
+    """Return the file of a test: of annotated and p_s the main one, of FILE-annotated and FILE-p_s FILE."""
+    file = test.removesuffix("annotated").removesuffix("p_s").removesuffix("-")
+    return file or files[0]
 
 
 class Setup(NamedTuple):  # what the commands of a task have in common
@@ -227,7 +241,7 @@ class Reading(NamedTuple):  # what a file of predictions says when read in one w
 
 
 def packed(folder: str) -> dict[str, np.ndarray]:
-    """Return what FOLDER.npz keeps of a seed, by `real.pack`: predictions by name, true scores, grid."""
+    """Return what FOLDER.npz keeps of a seed, by `real.pack`: predictions and true scores by name, grid."""
     path = Path(f"{folder}.npz")
     return dict(np.load(path)) if path.is_file() else {}
 
@@ -236,7 +250,9 @@ def predictions(folder: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndar
     """Return p (n, CoTs, S) that NAME predicts, true scores (n,) and grid (S,); None if not measured."""
     kept = packed(folder)
     if name in kept:
-        return kept[name].astype(float), kept["true"], kept["grid"]
+        # Those of results/real keep the true scores once: all their tests are on the same records
+        true = kept["true"] if "true" in kept else kept[f"{name}.true"]
+        return kept[name].astype(float), true, kept["grid"]
     path = Path(folder, f"{name}.jsonl")
     if not path.exists():
         return None
@@ -292,30 +308,41 @@ def metrics_of(read: Reading, true: np.ndarray) -> dict[str, np.ndarray]:
     return {"pearson": r, "rmse": rmse, "log_score": read.log_score.mean(1), "calibration_error": error}
 
 
-def bootstrap(read: Reading, true: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the metrics, mean over seeds, on the data (entry 0) and on resampled seeds and records."""
+def bootstrap(read: Reading, true: np.ndarray, groups: Sequence | None = None) -> dict[str, np.ndarray]:
+    """Return the metrics, mean over seeds, on the data (entry 0) and on resampled seeds and records.
+
+    groups: which group each record is of; whole groups are resampled. None: each record by itself.
+    """
     seeds, n = read.predictions.shape
-    random = np.random.default_rng(0)  # the same for all readings: differences are paired
-    picks = [(np.arange(seeds), np.arange(n))]
-    picks += [(random.integers(0, seeds, seeds), random.integers(0, n, n)) for _ in range(RESAMPLES)]
+    # Both draw the same for all readings: differences are paired
+    random = np.random.default_rng(0)
+    draws = draw_resamples(range(n) if groups is None else groups, RESAMPLES, seed=1)
     samples = []
-    for pick in picks:
-        resampled = Reading(*(column[np.ix_(*pick)] for column in read))
-        samples.append(metrics_of(resampled, true[pick[1]]))
+    for records in draws:  # the first are the data
+        picked = random.integers(0, seeds, seeds) if samples else np.arange(seeds)
+        resampled = Reading(*(column[np.ix_(picked, records)] for column in read))
+        samples.append(metrics_of(resampled, true[records]))
     return {name: np.array([sample[name].mean() for sample in samples]) for name in samples[0]}
 
 
-def summarise(folders: list[str], tests: Iterable[tuple[str, str]], split: str) -> dict:
+def summarise(
+    folders: list[str],
+    tests: Iterable[tuple[str, str]],
+    files: Sequence[str] = FILES,
+    groups: dict[str, Sequence] | None = None,
+) -> dict:
     """Return the metrics of every row, test and reading, and the differences to its reference by CoT-RAIL.
 
-    A difference is over the seeds of both. Raises InputError where rows have different records, or none.
+    A difference is over the seeds of both. groups: file → which group each of its records is of, for
+    `bootstrap`. Raises InputError where rows have different records, or none.
     """
+    groups = groups or {}
     true = {}  # file of records → its true scores (n,)
     measured = {}  # row, test, reading → folder → Reading
 
     def records_of(row: str, test: str) -> str:
-        name = "test_ood" if test == "test_ood" else split
-        return f"{name}_real" if row in ON_REAL else name
+        file = file_of(test, files)
+        return f"{file}_real" if row in ON_REAL else file
 
     for (row, test), folder in itertools.product(tests, folders):
         predicted = predictions(folder, f"{row}.{test}")
@@ -333,7 +360,8 @@ def summarise(folders: list[str], tests: Iterable[tuple[str, str]], split: str) 
     def stack(key: tuple, seeds: tuple[str, ...]) -> tuple[Reading, dict[str, np.ndarray]]:
         columns = zip(*(measured[key][folder] for folder in seeds), strict=True)
         stacked = Reading(*map(np.stack, columns))  # (S, n)
-        return stacked, bootstrap(stacked, true[records_of(*key[:2])])
+        records = records_of(*key[:2])
+        return stacked, bootstrap(stacked, true[records], groups.get(records))
 
     cells = []
     for key in tqdm(measured, desc="bootstrap", unit="cell", dynamic_ncols=True):
@@ -347,8 +375,8 @@ def summarise(folders: list[str], tests: Iterable[tuple[str, str]], split: str) 
             within = interval(samples[metric])
             cell[metric] = {"per_seed": values.tolist(), "mean": float(values.mean()), "sd": sd}
             cell[metric] |= {"low": within["low"], "high": within["high"]}
-        own_test = test if test == "test_ood" else split  # with CoTs of its own, on the same prompts
-        reference = (REFERENCE.get(row, "tract"), own_test, "rail")
+        # TRACT with CoTs of its own, on the same prompts
+        reference = (REFERENCE.get(row, "tract"), file_of(test, files), "rail")
         shared = tuple(folder for folder in seeds if folder in measured.get(reference, {}))
         if shared and reference != key:
             _, ours = stack(key, shared)
@@ -357,7 +385,8 @@ def summarise(folders: list[str], tests: Iterable[tuple[str, str]], split: str) 
             cell["reference"] = reference[0]
         cells.append(cell)
     records = {name: len(scores) for name, scores in true.items()}
-    return {"split": split, "resamples": RESAMPLES, "records": records, "cells": cells}
+    counted = {name: len(set(groups[name])) for name in true if name in groups}
+    return {"resamples": RESAMPLES, "records": records, "groups": counted, "cells": cells}
 
 
 def make_parser(description: str, rows: list[str], out: str) -> argparse.ArgumentParser:
@@ -395,9 +424,10 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(ROOT)
     rows = [name for row in args.rows for name in GROUPS.get(row, [row])]
-    tests = tests_of(rows, args.split)
+    files = FILES if args.split == "test" else [args.split]
+    tests = tests_of(rows, files)
     report = {"settings": SETTINGS, "seeds": args.seeds}
-    report |= summarise(predict(args, tests, SETUP), tests, args.split)
+    report |= summarise(predict(args, tests, SETUP), tests, files)
     report["ideal"] = {
         name: ideal.metrics(f"data/tiny/{name}.jsonl", real="real" in name) for name in report["records"]
     }

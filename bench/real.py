@@ -50,10 +50,15 @@ def setup_of(settings: dict, data: str) -> Setup:
     return Setup(common | settings["train"], settings["rows"], judge, given)
 
 
+def deciding(settings: dict) -> str:
+    """Return what of a task's settings decides what is predicted."""
+    return json.dumps({name: value for name, value in settings.items() if name not in ("tests", "group")})
+
+
 def check_pack(folder: str, settings: dict) -> None:
     """Refuse a FOLDER.npz that was made with other settings. Raises InputError."""
     kept = ablations.packed(folder)
-    if kept and str(kept["settings"]) != json.dumps(settings):
+    if kept and str(kept["settings"]) != deciding(settings):
         raise InputError(f"{folder}.npz: was made with settings {kept['settings']}; choose another --out")
 
 
@@ -63,10 +68,10 @@ def pack(folder: str, names: list[str], settings: dict) -> None:
     for name in names:
         predicted = None if name in kept else ablations.predictions(folder, name)
         if predicted:
-            probs, kept["true"], kept["grid"] = predicted
+            probs, kept[f"{name}.true"], kept["grid"] = predicted
             kept[name] = probs.astype(np.float16)
     if kept:
-        kept["settings"] = np.array(json.dumps(settings))
+        kept["settings"] = np.array(deciding(settings))
         runs.write_whole(f"{folder}.npz", lambda out: np.savez_compressed(out, **kept))
 
 
@@ -128,20 +133,25 @@ def main() -> None:
     task = settings["tasks"][args.task]
     data = args.out / task.get("records", args.task)
     args.out = args.out / args.task
+    files = task.get("tests", ["test"]) if args.split == "test" else [args.split]
     num_cots = {"a1": args.num_cots, "tract": args.num_cots}
-    tests = ablations.tests_of(args.rows, args.split, str(data), num_cots)
+    tests = ablations.tests_of(args.rows, files, str(data), num_cots)
     for seed in args.seeds:
         check_pack(f"{args.out}/seed{seed}", task)
     folders = ablations.predict(args, tests, setup_of(task, str(data)))
     if args.split == "test":
         for folder in folders:
             pack(folder, [f"{row}.{test}" for row, test in tests], task)
-    report = {"task": args.task, "settings": task, "seeds": args.seeds}
-    report |= ablations.summarise(folders, tests, args.split)
     grid = Grid.parse(task["grid"])
     train = read_records(data / "train.jsonl", grid, ("score", "texts"))
-    test = read_records(data / f"{args.split}.jsonl", grid, ("score", "texts"))
-    report["baselines"] = baselines(train, test)
+    records = {file: read_records(data / f"{file}.jsonl", grid, ("score", "texts")) for file in files}
+    groups = {}  # file → what its records are groups by: intervals are over whole groups
+    if "group" in task:
+        for file in files:
+            groups[file] = [record[task["group"]] for record in records[file]]
+    report = {"task": args.task, "settings": task, "seeds": args.seeds}
+    report |= ablations.summarise(folders, tests, files, groups)
+    report["baselines"] = {file: baselines(train, records[file]) for file in files}
     runs.write_whole(args.out / "metrics.json", json.dumps(report, indent=1) + "\n")
     print(f"{args.out}/metrics.json; python results/real/draw.py {args.out}/metrics.json draws it")
 

@@ -1,6 +1,7 @@
 """What the scripts that redraw tables and figures have in common."""
 
 OOD = "test_ood"
+MAIN = ("test", "valid", "unseen_answers")  # the first test of a task
 
 
 def table(head: list[str], rows: list[list]) -> str:
@@ -9,11 +10,16 @@ def table(head: list[str], rows: list[list]) -> str:
 
 
 class Cells:
-    """Hold the cells of metrics.json by (row, test, reading); one that was not run leaves its place empty."""
+    """Hold the cells of metrics.json by (row, test, reading); one that was not run leaves its place empty.
 
-    def __init__(self, cells: list[dict]):
+    test: which one `find` takes, and on others' CoTs the names of the tests begin with `diagnosed`.
+    """
+
+    def __init__(self, cells: list[dict], test: str | None = None):
         self.cells = {(c["row"], c["test"], c["reading"]): c for c in cells}
-        self.test = next(c["test"] for c in cells if c["test"] in ("test", "valid"))
+        main = next(c["test"] for c in cells if c["test"] in MAIN)
+        self.test = test or main
+        self.diagnosed = "" if self.test == main else f"{self.test}-"
 
     def find(self, row: str, reading: str = "rail", test: str | None = None) -> dict | None:
         return self.cells.get((row, test or self.test, reading))
@@ -45,9 +51,10 @@ def whose_cots(cells: Cells) -> str:
     rows = []
     for name, row, test_on_p_s, paper in (
         ("p_s", "a1", cells.test, ".12 → .63"),
-        ("p_tract", "tract", "p_s", ".45 → .45"),
+        ("p_tract", "tract", f"{cells.diagnosed}p_s", ".45 → .45"),
     ):
-        means = [cells.mean(row, "rmse", test=test) for test in ("annotated", test_on_p_s, cells.test)]
+        annotated = f"{cells.diagnosed}annotated"
+        means = [cells.mean(row, "rmse", test=test) for test in (annotated, test_on_p_s, cells.test)]
         rows.append([name, *means, paper])
     head = ["RMSE of", "on annotated CoTs", "on the CoTs of p_s", "on its own CoTs"]
     return table([*head, "paper, training → own CoTs"], rows)

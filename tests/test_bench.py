@@ -25,13 +25,13 @@ SETTINGS = json.loads((RESULTS / "settings.json").read_text("utf-8"))
 
 
 def commands_of(*rows: str) -> dict[str, str]:
-    tests = ablations.tests_of(rows, "test")
+    tests = ablations.tests_of(rows)
     return ablations.commands_of("out", 1, tests, ablations.SETUP)
 
 
 def commands_of_real(task: str) -> dict[str, str]:
     settings = json.loads(real.SETTINGS.read_text("utf-8"))["tasks"][task]
-    tests = ablations.tests_of(real.ROWS, "test", "DATA", {"a1": 5, "tract": 5})
+    tests = ablations.tests_of(real.ROWS, settings.get("tests", ["test"]), "DATA", {"a1": 5, "tract": 5})
     return ablations.commands_of("out", 1, tests, real.setup_of(settings, "DATA"))
 
 
@@ -42,7 +42,7 @@ def test_every_command_is_understood_and_reads_what_an_earlier_one_made(monkeypa
         raise LookupError(understand(*args))  # which no script catches
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    both = [*commands_of_real("ists").items(), *commands_of_real("feedbackqa").items()]
+    both = [item for task in ("ists", "feedbackqa", "saf") for item in commands_of_real(task).items()]
     for some, made in ((commands.items(), set()), (both, {"out/real/smollm2"})):
         for out, command in some:
             assert {word for word in command.split()[:-1] if word.startswith("out/")} <= made, command
@@ -85,7 +85,7 @@ def test_rows_are_summed_up(tmp_path, lab):
         for row, score in zip(rows, scores, strict=True):
             row["score_probs"] = [[0.8 * (score == value) for value in range(1, 6)]] * 2
         lab.write(f"{name}.valid.jsonl", rows)
-    arguments = [str(tmp_path / "1"), str(tmp_path / "2")], [(tract, "valid"), (ce, "valid")], "valid"
+    arguments = [str(tmp_path / "1"), str(tmp_path / "2")], [(tract, "valid"), (ce, "valid")], ["valid"]
     cells = ablations.summarise(*arguments)["cells"]
     one, other = (c for c in cells if c["reading"] == "renormalised")
     assert one["rmse"]["per_seed"] == pytest.approx([0, (5 / 6) ** 0.5])
@@ -132,6 +132,33 @@ def test_what_is_packed_needs_no_file(tmp_path, lab):
     assert folders == [f"{tmp_path}/seed1"] and not [*tmp_path.glob("seed1/*.log")]  # nothing was run
 
 
+def test_a_task_with_two_tests_keeps_the_true_scores_of_each(tmp_path, lab, run_script):
+    files = ["unseen_answers", "unseen_questions"]
+    names = [test for _, test in ablations.tests_of(["a1", "tract"], files)]
+    assert {ablations.file_of(name, files) for name in names if "answers" not in name} == {*files}
+    assert {ablations.file_of(name, files) for name in ("annotated", "p_s")} == {"unseen_answers"}
+    (tmp_path / "seed1").mkdir()
+    for test, true in (("unseen_answers", [1, 5, 5]), ("unseen_questions", [1, 1, 5, 1])):
+        row = {"prompt": "x", "prediction": 3, "finished": [True], "score_probs": [[0.5, 0.5]], "grid": "1,5"}
+        lab.write(f"seed1/tract.{test}.jsonl", [row | {"score": score} for score in true])
+    real.pack(f"{tmp_path}/seed1", [f"tract.{file}" for file in files], {"grid": "1,5", "tests": files})
+    real.check_pack(f"{tmp_path}/seed1", {"grid": "1,5", "group": "question"})  # which decides no prediction
+    for file in files:
+        (tmp_path / f"seed1/tract.{file}.jsonl").unlink()
+    tests = [("tract", file) for file in files]
+    groups = {"unseen_questions": [1, 1, 1, 2]}
+    report = ablations.summarise([f"{tmp_path}/seed1"], tests, files, groups)
+    assert report["records"] == {"unseen_answers": 3, "unseen_questions": 4}
+    assert report["groups"] == {"unseen_questions": 2}
+    report |= {
+        "task": "saf",
+        "baselines": {file: {"ridge": dict.fromkeys(METRICS_SHOWN, 0.0)} for file in files},
+    }
+    run_script("results.real.draw", lab.write("metrics.json", [report]), "--out", tmp_path)
+    tables = (tmp_path / "tables.md").read_text("utf-8")
+    assert "## SAF, unseen answers" in tables and "4 records of 2 questions;" in tables
+
+
 def test_rows_that_some_seeds_lack_are_summed_up_over_the_others(tmp_path, lab):
     true, values = np.array([1.0, 5.0, 5.0]), np.array([1, 5])
     for seed, row, p in ((1, "tract", 0.5), (1, "a1", 0.75), (2, "tract", 1.0)):
@@ -141,22 +168,22 @@ def test_rows_that_some_seeds_lack_are_summed_up_over_the_others(tmp_path, lab):
     args = argparse.Namespace(out=tmp_path, seeds=[1, 2, 3], measured=True)
     tests = dict.fromkeys([("tract", "test"), ("a1", "test"), ("a1", "annotated"), ("raft", "test")])
     folders = ablations.predict(args, tests, None)  # which runs nothing
-    cells = [c for c in ablations.summarise(folders, tests, "test")["cells"] if c["reading"] == "rail"]
+    cells = [c for c in ablations.summarise(folders, tests)["cells"] if c["reading"] == "rail"]
     assert [(c["row"], c["seeds"]) for c in cells] == [("tract", ["seed1", "seed2"]), ("a1", ["seed1"])]
     off = [4 * share * (2 / 3) ** 0.5 for share in (0.5, 0.25)]  # of seed 1; seed 2 of TRACT is right
     assert cells[0]["rmse"]["per_seed"] == pytest.approx([off[0], 0])
     assert cells[1]["difference"]["rmse"]["value"] == pytest.approx(off[1] - off[0])
     with pytest.raises(ablations.InputError, match="seed3: nothing has been measured yet"):
-        ablations.summarise(folders[2:], tests, "test")
+        ablations.summarise(folders[2:], tests)
 
 
 def test_what_is_kept_is_made_again_only_for_what_reads_it(capsys):
-    both = ablations.tests_of(["a1", "tract"], "test")
+    both = ablations.tests_of(["a1", "tract"])
     names = {f"{row}.{test}" for row, test in both}
     assert "out/a1.test.jsonl" not in ablations.commands_of("out", 1, both, ablations.SETUP, names)
     made = list(ablations.commands_of("out", 1, both, ablations.SETUP, names - {"tract.p_s"}))
     assert made[-1] == "out/tract.p_s.jsonl" and "out/a1.test.jsonl" in made and len(made) == 6
-    alone = ablations.tests_of(["tract"], "test")
+    alone = ablations.tests_of(["tract"])
     args = argparse.Namespace(out="out", seeds=[1], show=True, measured=False)
     with pytest.raises(SystemExit):
         ablations.predict(args, alone, ablations.SETUP)
@@ -178,6 +205,9 @@ def test_bootstrap_resamples_seeds_and_records():
     samples = ablations.bootstrap(read(seeds), true)["rmse"]
     assert samples[0] == pytest.approx(2) and np.mean(samples < 1.5) == pytest.approx(0.25, abs=0.08)
     samples = ablations.bootstrap(read(true + noise[None]), true)["rmse"]
+    assert samples[1:].std() == pytest.approx(1 / 800**0.5, rel=0.2)
+    copies = read(np.tile(true + noise, 4)[None])  # 1,600 records that are no more evidence than 400
+    samples = ablations.bootstrap(copies, np.tile(true, 4), [*range(400)] * 4)["rmse"]
     assert samples[1:].std() == pytest.approx(1 / 800**0.5, rel=0.2)
 
 

@@ -60,7 +60,8 @@ def convert(row: Any, number: int, args, without: set[str]) -> dict | str:
         passage += " …"
     record = {"id": f"fq-{number:04}", "prompt": PROMPT.format(question, title, passage), "cots": cots}
     record |= {"score": round(sum(ratings) / len(ratings), 2), "ratings": ratings}
-    return record | {"texts": [question, f"{title} {passage}"], "domain": row.get("domain")}
+    record |= {"question": question, "texts": [question, f"{title} {passage}"]}
+    return record | {"domain": row.get("domain")}
 
 
 def with_cot(record: dict, args) -> list[dict]:

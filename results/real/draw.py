@@ -8,12 +8,18 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from tables import Cells, bar, table, whose_cots  # noqa: E402
 
-TASKS = {"ists": "Interpretable STS", "feedbackqa": "FeedbackQA"}
+TASKS = {
+    "ists": "Interpretable STS",
+    "ists-cpu": "Interpretable STS, on a CPU",
+    "feedbackqa": "FeedbackQA",
+    "saf": "SAF",
+}
 SHOWN = ("pearson", "rmse")
 LINES = [  # label, row, reading
     ("untrained model, RAIL", "seed-no-cot", "rail"),
@@ -27,34 +33,59 @@ LINES = [  # label, row, reading
     ("A.2: both stages CE, CoT-RAIL", "a2", "rail"),
     ("TRACT", "tract", "rail"),
     ("TRACT, decoded", "tract", "decoded"),
+    ("λ = .02 in stage 2", "tract-0.02", "rail"),
+    ("CE in stage 2", "token", "rail"),
+    ("CE in stage 2, score weight 1", "ce-w1", "rail"),
     ("two-hot CE in stage 2", "two-hot", "rail"),
+    ("two-hot CE in stage 2, score weight 1", "two-hot-w1", "rail"),
     ("RPS in stage 2", "rps", "rail"),
 ]
 
 
-def overview(reports: dict[str, dict]) -> str:
-    """Return one table of all tasks: baselines and methods, each with r and RMSE."""
+class Tested(NamedTuple):  # the rows of a task on one of its tests
+    name: str
+    cells: Cells
+    baselines: dict[str, dict[str, float]]  # label → metric → value
+    records: int
+    groups: int | None  # that the intervals resample; None: single records
+
+
+def tests_in(reports: list[dict]) -> list[Tested]:
+    """Return the tests of all reports, in the order of TASKS."""
+    tests = []
+    for report in sorted(reports, key=lambda report: list(TASKS).index(report["task"])):
+        for test, baselines in report["baselines"].items():
+            name = TASKS[report["task"]]
+            if len(report["baselines"]) > 1:
+                name += ", " + test.replace("_", " ")
+            groups = report["groups"].get(test)
+            cells = Cells(report["cells"], test)
+            tests.append(Tested(name, cells, baselines, report["records"][test], groups))
+    return tests
+
+
+def overview(tests: list[Tested]) -> str:
+    """Return one table of all tests: baselines and methods, each with r and RMSE."""
     head = ["method, prediction"]
-    baselines = {}  # label → task → r, RMSE
+    baselines = {}  # label → name of the test → r, RMSE
     methods = {label: {} for label, _, _ in LINES}
-    for task, report in reports.items():
-        cells = Cells(report["cells"])
-        head += [f"{TASKS[task]}: r", "RMSE"]
-        for name, values in report["baselines"].items():
-            baselines.setdefault(f"*{name}*", {})[task] = [f"{values[metric]:.3f}" for metric in SHOWN]
+    for test in tests:
+        head += [f"{test.name}: r", "RMSE"]
+        for label, values in test.baselines.items():
+            baselines.setdefault(f"*{label}*", {})[test.name] = [f"{values[m]:.3f}" for m in SHOWN]
         for label, row, reading in LINES:
-            methods[label][task] = [cells.mean(row, metric, reading) for metric in SHOWN]
+            methods[label][test.name] = [test.cells.mean(row, metric, reading) for metric in SHOWN]
     rows = []
     for label, numbers in (baselines | methods).items():
-        row = [number for task in reports for number in numbers.get(task, ["", ""])]
+        row = [number for test in tests for number in numbers.get(test.name, ["", ""])]
         if any(row):
             rows.append([label, *row])
     return table(head, rows)
 
 
-def tables(report: dict) -> str:
-    """Return the tables of one task: every method, and whose CoTs."""
-    cells = Cells(report["cells"])
+def tables(test: Tested) -> str:
+    """Return the tables of one test: every method, and whose CoTs."""
+    cells = test.cells
     rows = []
     for label, row, reading in LINES:
         cell = cells.find(row, reading)
@@ -67,11 +98,16 @@ def tables(report: dict) -> str:
         to_tract = [cells.difference(row, metric, reading) for metric in SHOWN]
         tied = f"{100 * cell['tied']:.1f} %" if reading == "decoded" else ""
         rows.append([label, len(cell["seeds"]), tied, r, rmse, *five_cots, *to_tract])
-    for name, values in report["baselines"].items():
+    for name, values in test.baselines.items():
         r, rmse = (f"{values[metric]:.3f}" for metric in SHOWN)
         rows.append([f"*{name}*", "", "", r, rmse, "", "", "", ""])
-    text = f"{report['records'][cells.test]} records; mean ± standard deviation of the seeds; 95 % intervals "
-    text += "over seeds and records; tied: records where several scores are equally likely.\n\n"
+    records = f"{test.records} records"
+    resampled = "records"
+    if test.groups:
+        records += f" of {test.groups} questions"
+        resampled = "questions"
+    text = f"{records}; mean ± standard deviation of the seeds; 95 % intervals over seeds and {resampled}; "
+    text += "tied: records where several scores are equally likely.\n\n"
     head = ["method, prediction", "seeds", "tied", "r", "RMSE", "r, 5 CoTs", "RMSE, 5 CoTs"]
     head += ["Δr to TRACT", "ΔRMSE to TRACT"]
     filled = [i for i in range(len(head)) if any(row[i] for row in rows)]
@@ -79,19 +115,18 @@ def tables(report: dict) -> str:
     return text + table(head, rows) + "\n" + whose_cots(cells)
 
 
-def draw(reports: dict[str, dict], path: Path) -> None:
-    """Draw, for each task, the methods and whose CoTs."""
+def draw(tests: list[Tested], path: Path) -> None:
+    """Draw, for each test, the methods and whose CoTs."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size = (9, 3.8 * len(reports))
+    size = (9, 3.8 * len(tests))
     options = {"layout": "constrained", "gridspec_kw": {"width_ratios": [1.7, 1]}}
-    figure, axes = plt.subplots(len(reports), 2, figsize=size, squeeze=False, **options)
-    for task, (left, right) in zip(reports, axes, strict=True):
-        report = reports[task]
-        cells = Cells(report["cells"])
+    figure, axes = plt.subplots(len(tests), 2, figsize=size, squeeze=False, **options)
+    for test, (left, right) in zip(tests, axes, strict=True):
+        cells = test.cells
         labels = []
         for label, row, reading in LINES[::-1]:
             cell = cells.find(row, reading)
@@ -103,13 +138,13 @@ def draw(reports: dict[str, dict], path: Path) -> None:
                 labels.append(label)
         left.set_yticks(range(len(labels)), labels)
         for name, style in (("ridge", ":"), ("one rater against the others", "--")):
-            if name in report["baselines"]:
-                baseline = report["baselines"][name]["pearson"]
+            if name in test.baselines:
+                baseline = test.baselines[name]["pearson"]
                 left.axvline(baseline, color="black", linestyle=style, linewidth=1, label=name)
         left.legend(frameon=False, fontsize=8, ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1))
-        left.set_xlabel(f"{TASKS[task]}: Pearson's r (bar: mean, dots: seeds, line: 95 % interval)")
+        left.set_xlabel(f"{test.name}: Pearson's r (bar: mean, dots: seeds, line: 95 % interval)")
         for label, row, color in (("p_s", "a1", "tab:blue"), ("p_tract", "tract", "tab:orange")):
-            annotated = cells.find(row, test="annotated")
+            annotated = cells.find(row, test=f"{cells.diagnosed}annotated")
             own = cells.find(row)
             if annotated and own:
                 own_by_seed = dict(zip(own["seeds"], own["rmse"]["per_seed"], strict=True))
@@ -131,11 +166,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="folder of tables.md and figure.png")
     args = parser.parse_args()
     given = [json.loads(path.read_text("utf-8")) for path in args.metrics]
-    reports = {task: report for task in TASKS for report in given if report["task"] == task}
-    parts = [f"## {TASKS[task]}\n\n{tables(report)}" for task, report in reports.items()]
-    text = "\n".join([overview(reports), *parts])
+    tests = tests_in(given)
+    parts = [f"## {test.name}\n\n{tables(test)}" for test in tests]
+    text = "\n".join([overview(tests), *parts])
     (args.out / "tables.md").write_text(text, "utf-8")
-    draw(reports, args.out / "figure.png")
+    draw(tests, args.out / "figure.png")
     print(text)
 
 
