@@ -20,7 +20,6 @@ MODEL_CODE = "transformers.models.mistral.modeling_mistral"
 AS_TORCHRUN = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "CUDA_VISIBLE_DEVICES": ""}
 CASES = {  # options → how many ranks begin, how many go on, whether head and embeddings are tied
     "--lora --batch-size 1 --accumulation 8": (3, 2, False),
-    "--gradient-checkpointing --batch-size 4 --accumulation 2": (2, 1, True),
     "--fsdp --batch-size 2 --accumulation 4": (2, 3, False),
     "--fsdp --gradient-checkpointing --batch-size 8 --accumulation 1": (3, 1, True),
 }
