@@ -13,6 +13,8 @@ import contextlib
 import itertools
 import sys
 import tempfile
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -29,7 +31,7 @@ from tract.options import make_training_parser
 from tract.records import Grid, InputError
 
 SHAPES = {  # transformers' defaults are those of Mistral-7B; no hub is needed for these
-    "mistral-7b": MistralConfig(),
+    "mistral-7b": MistralConfig(sliding_window=None),
     "llama-3.1-8b": LlamaConfig(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8),
 }
 FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight in NF4, of its block's scale, of that one's
@@ -108,18 +110,21 @@ def random_step(config, batch: tuple[int, int, int], bf16: bool) -> tuple:
     return args, window, models.score_tensors([3, 4, 5, 6, 7], Grid())
 
 
+def random_model(config, name: str, dtype: torch.dtype, **options):
+    """Make a model on the device; given a config, it can take the place of models.load_model."""
+    with models.device():  # a copy, for what trains a model may change its config
+        return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype).eval()
+
+
 def measure(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, checkpointing: bool) -> int:
     """Return the measured bytes at the peak of two steps of two such batches in stage 1's loop."""
     args, window, loss_options = random_step(config, batch, bf16)
-
-    def load(name: str, dtype: torch.dtype, **options):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).to(models.device())
 
     def run() -> None:
         model = models.load_for_training("random", lora, checkpointing, bf16)
         stage1_train.train(args, model, [window] * 2, [], loss_options, Path(folder))
 
-    fake = patch.object(models, "load_model", load)
+    fake = patch.object(models, "load_model", partial(random_model, config))
     with fake, tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         return peak_of(run)
 

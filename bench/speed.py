@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 # A process that drives a script imports that script's checkout, not this one
@@ -31,7 +32,6 @@ try:
 except ModuleNotFoundError:  # of checkouts in which all stood at the top
     import runs
 
-MOST = 4096  # tokens of a CoT, at most
 TASKS = {  # name → script and options; what is not in both checkouts is sorted out in `command`
     "training step": "stage1_train.py --epochs 1 --batch-size 4 --accumulation 1 --full",
     "training step, LoRA": "stage1_train.py --epochs 1 --batch-size 4 --accumulation 1 --lora",
@@ -74,41 +74,44 @@ def make_records(path: Path, n: int) -> None:
             out.write(runs.to_line(record))
 
 
-def dictate(data: Path, num_cots: int) -> None:
-    """Make gen_cot write the CoTs of the data: a row's random numbers say which row and step they are for."""
+def dictate(writing, texts: dict[str, list[int]]):
+    """Return a patch under which CoTs of these names become these ids: they are the random numbers."""
     import torch
-    from transformers import AutoTokenizer
 
-    try:
-        from tract import writing
-    except ImportError:  # a checkout from before there was one
-        import gen_cot as writing
+    sample = writing.sample
+
+    def dictated(logits, so_far, uniform, *args, **options):
+        sample(logits, so_far, torch.full_like(uniform, 0.5), *args, **options)
+        return uniform.long()
+
+    def numbers(name: str, n: int):
+        return torch.tensor(texts[name] + [0] * (n - len(texts[name])), dtype=torch.float64)
+
+    return patch.multiple(writing, sample=dictated, random_numbers=numbers)
+
+
+def texts_of(data: Path, num_cots: int) -> dict[str, list[int]]:
+    """Return CoTs and suffix as ids, by name; a prompt gets those of several records."""
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny/seed")
     records = [json.loads(line) for line in data.read_text("utf-8").splitlines()]
-    starts = {}  # name of a CoT → where its tokens begin in `written`
-    written = torch.zeros(len(records) * num_cots * MOST, dtype=torch.long)
+    texts = {}
     for i, k in itertools.product(range(len(records)), range(num_cots)):
-        start = (i * num_cots + k) * MOST
-        starts[f"0/{records[i]['id']}/{k}"] = start
         text = f"{records[(i + k) % len(records)]['cot']} So the overall score is"
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        written[start : start + len(ids)] = torch.tensor(ids)
-    own_sample = writing.sample
-
-    def sample(logits, so_far, uniform, *args, **options):
-        own_sample(logits, so_far, torch.full_like(uniform, 0.5), *args, **options)
-        return written[uniform.long()]
-
-    writing.sample = sample
-    writing.random_numbers = lambda name, n: starts[name] + torch.arange(n, dtype=torch.float64)
+        texts[f"0/{records[i]['id']}/{k}"] = tokenizer(text, add_special_tokens=False).input_ids
+    return texts
 
 
 def drive(script: str, data: Path, *arguments: str) -> None:
     """Run a script of the checkout that was put first in sys.path, in this process."""
     if script != "stage1_train.py":
         num_cots = int(arguments[arguments.index("--num-cots") + 1]) if "--num-cots" in arguments else 1
-        dictate(data, num_cots)
+        try:
+            from tract import writing
+        except ImportError:  # a checkout from before there was one
+            import gen_cot as writing
+        dictate(writing, texts_of(data, num_cots)).start()
     sys.argv = [script, "--data", str(data), *arguments]
     runs.run(importlib.import_module(script.removesuffix(".py")).main)
 

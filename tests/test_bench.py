@@ -1,6 +1,7 @@
 """The benches: the commands behind the ablations, what is made of predictions, whether estimates hold."""
 
 import argparse
+import functools
 import json
 import math
 import random
@@ -9,6 +10,7 @@ import re
 import ablations
 import memory
 import numpy as np
+import peers
 import pytest
 import real
 import speed
@@ -17,7 +19,7 @@ from transformers import MistralConfig
 
 from data.tiny import ideal, prepare
 from eval import METRICS, against_others
-from tract.records import Grid, predicted
+from tract.records import Grid, predicted, read_records
 
 RESULTS = ROOT / "results/ablations"
 METRICS_SHOWN = ("pearson", "rmse")
@@ -381,6 +383,52 @@ def test_both_columns_of_the_speed_table_are_medians_of_ratios():
     assert "| 2.00 (1.00 to 3.00) | 1.50 |" in speed.summary({"tasks": {"task": entry}})
     report = json.loads((ROOT / "results/speed/speed.json").read_text("utf-8"))
     assert speed.summary(report) in (ROOT / "docs/speed.md").read_text("utf-8")
+
+
+def turns_of(compare, num_cots: int) -> dict:
+    """Let the ways to do a task take their first turn with a tiny random model; return what came out."""
+    args = argparse.Namespace(model=None, bf16=False, lora=None, batch_size=3, texts=5, rounds=0)
+    rows = read_records(ROOT / "data/tiny/train.jsonl", Grid(), ("id", "prompt", "cot", "score"))[:12]
+    in_place = functools.partial(memory.random_model, peers.CONFIGS["tiny"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers.models, "load_model", in_place)
+        ways, task = compare(args, peers.models.TINY_SEED, rows, num_cots)
+    peers.take_turns(ways, task, args, math.inf, save=lambda: None)
+    return task["ways"]
+
+
+def test_ways_to_train_find_the_same_loss_and_gradient(monkeypatch):
+    ways = turns_of(peers.train, 0)
+    assert len(ways) == 4 and all(way["extra_bytes"] > 0 and way["differ"] < 1e-5 for way in ways.values())
+    right = peers.authors_loss
+    for wrong in (
+        lambda loss: 1.01 * loss,
+        lambda loss: 2 * loss - loss.detach(),
+    ):  # which has another gradient
+        monkeypatch.setattr(
+            peers, "authors_loss", lambda *args, wrong=wrong, **rest: wrong(right(*args, **rest))
+        )
+        with pytest.raises(peers.runs.Fault, match="authors' style: has found"):
+            turns_of(peers.train, 0)
+
+
+def test_ways_to_judge_find_the_same_distributions(monkeypatch):
+    for num_cots in (1, 5):
+        ways = turns_of(peers.judge, num_cots)
+        assert len(ways) >= 2 and all(way["differ"] < 1e-5 for way in ways.values())
+    right = peers.dictate
+    monkeypatch.setattr(
+        peers, "dictate", lambda module, texts: right(module, dict.fromkeys(texts, texts["0/0/0"]))
+    )
+    with pytest.raises(peers.runs.Fault, match=r"authors' style.*has found"):
+        turns_of(peers.judge, 1)
+
+
+def test_the_peers_table_has_medians_of_ratios_and_what_was_cut_off():
+    ways = {peers.OURS: {"seconds": [1, 2, 4], "differ": 0}, "slow": {"seconds": [3, 2], "differ": 0}}
+    ways["late"] = {"seconds": [], "differ": 0}
+    lines = peers.tables({"tasks": {"judging": {"tokens": 10, "held": 0, "ways": ways}}}).splitlines()
+    assert "| slow | 2.50 | 2.00 (1.00 to 3.00) | 4 |" in lines[3] and "| late | no time left |" in lines[4]
 
 
 def test_the_ridge_regression_sees_how_far_words_overlap():
