@@ -111,7 +111,12 @@ def with_loop(gradients, model, windows: list, scores: dict, args) -> dict:
 def with_trainer(is_trl: bool, model, windows: list, scores: dict, args) -> dict:
     """Do the same with Hugging Face's Trainer and the authors' loss, or with TRL's SFTTrainer and CE."""
     settings = {"max_steps": len(windows), "per_device_train_batch_size": args.batch_size, "bf16": args.bf16}
-    settings |= {"learning_rate": 0.0, "max_grad_norm": args.clip, "use_cpu": not ON_GPU, "logging_steps": 1}
+    settings |= {
+        "learning_rate": 0.0,
+        "max_grad_norm": args.clip,
+        "use_cpu": models.device().type == "cpu",
+        "logging_steps": 1,
+    }
     settings |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "output_dir": "/tmp"}
     settings |= {"remove_unused_columns": False, "train_sampling_strategy": "sequential"}
     # The model recomputes activations already
@@ -163,8 +168,13 @@ def train(args, name: str, records: list[dict], num_cots: int) -> tuple[dict, di
     flops = [flops_of(model.config, args.lora, False, e.start, e.n_supervised) for e in window]
     shape = (len(window), max(len(e.ids) for e in window), max(e.n_supervised for e in window))
     expected = sum(estimate(model.config, args.lora, shape, args.bf16, True).values())
-    step = {"tokens": sum(len(e.ids) for e in window), "flops": sum(flops), "estimated_peak": expected}
-    return ways, step | {"held": 12 * trained}  # bytes of gradients and AdamW
+    task = {"tokens": sum(len(e.ids) for e in window), "held": 12 * trained}  # bytes of gradients and AdamW
+    if ON_GPU:
+        task |= {
+            "flops": sum(flops),
+            "notes": [f"Our step at its peak, as estimated: {expected / 2**30:.1f} GiB\n"],
+        }
+    return ways, task
 
 
 def judge(args, name: str, records: list[dict], num_cots: int) -> tuple[dict, dict]:
@@ -225,7 +235,7 @@ def judge(args, name: str, records: list[dict], num_cots: int) -> tuple[dict, di
             return {"probs": [rail.probs for rail in writing.score(vllm, whole)]}
 
         ways["vLLM"] = with_vllm
-    return ways, {"tokens": sum(map(len, texts.values())), "held": 0}
+    return ways, {"tokens": sum(map(len, texts.values())), "held": 0, "notes": []}
 
 
 def share_of(owner, name: str, run) -> float:
@@ -247,13 +257,13 @@ def share_of(owner, name: str, run) -> float:
 
 def apart(found: dict, expected: dict) -> float:
     """Return the largest difference of what both have found, relative where a number is larger than 1."""
-    largest = 0.0
+    differences = [torch.zeros(1)]
     for name in found.keys() & expected.keys():
         both = torch.tensor([found[name], expected[name]], dtype=torch.float64)
         if name == "probs":  # a random model has next to nothing on the scores
             both = both / both.sum(-1, keepdim=True)
-        largest = max(largest, float((both.diff(dim=0) / both.clamp(min=1)).abs().max()))
-    return largest
+        differences.append((both.diff(dim=0) / both.clamp(min=1)).abs().flatten())
+    return float(torch.cat(differences).max())  # NaN, if there is any
 
 
 def take_turns(ways: dict, task: dict, args, deadline: float, save) -> None:
@@ -273,7 +283,9 @@ def take_turns(ways: dict, task: dict, args, deadline: float, save) -> None:
         try:
             if turn == 0 and (task["held"] or ON_GPU):  # to measure judging would take long on a CPU
                 way["extra_bytes"] = peak_of(lambda: found.update(ways[name]())) - task["held"]  # noqa: B023
-                way["peak_bytes"] = torch.cuda.max_memory_allocated() if ON_GPU else None
+                if ON_GPU:
+                    peak = torch.cuda.max_memory_allocated() / 2**30
+                    task["notes"].append(f"{name}: {peak:.1f} GiB at its peak, all included.\n")
             else:
                 found.update(ways[name]())
         except torch.OutOfMemoryError:
@@ -282,10 +294,11 @@ def take_turns(ways: dict, task: dict, args, deadline: float, save) -> None:
         way["took"] = now() - started
         seconds = found.pop("seconds", way["took"])
         expected = expected or found
-        way["differ"] = max(way["differ"], apart(found, expected))
-        print(f"{name}, turn {turn}: {seconds:.2f} s, differs by {way['differ']:.0e}", flush=True)
-        if not way["differ"] < (2e-2 if args.bf16 else 1e-4):
+        difference = apart(found, expected)
+        print(f"{name}, turn {turn}: {seconds:.2f} s, differs by {difference:.0e}", flush=True)
+        if not difference < (5e-2 if args.bf16 else 1e-4):
             raise runs.Fault(f"{name}: has found {found}, ours {expected}")
+        way["differ"] = max(way["differ"], difference)
         if turn:
             way["seconds"].append(seconds)
         save()
@@ -304,33 +317,24 @@ def tables(report: dict) -> str:
                 seconds = statistics.median(way["seconds"])
                 spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
                 row[1:4] = [f"{seconds:.2f}", spread, f"{task['tokens'] / seconds:.0f}"]
-                row[4] = (
-                    f"{task['flops'] / seconds / PEAK:.0%}" if way.get("peak_bytes") and task["held"] else ""
-                )
+                row[4] = f"{task['flops'] / seconds / PEAK:.0%}" if "flops" in task else ""
                 row[5] = f"{way['extra_bytes'] / 2**20:.0f} MiB" if "extra_bytes" in way else ""
                 row[6] = f"{way['differ']:.0e}"
             rows.append(row)
         head = [task_name, "s", "times as long", "tokens/s", "MFU", "extra memory", "differs by"]
         parts.append(table(head, rows))
-        if "shares" in task:
-            shares = (f"{name} {share:.0%}" for name, share in task["shares"].items())
-            parts.append(f"Of our time: {', '.join(shares)}.\n")
-        if task["ways"][OURS].get("peak_bytes") and task["held"]:
-            peak, expected = task["ways"][OURS]["peak_bytes"] / 2**30, task["estimated_peak"] / 2**30
-            parts.append(
-                f"Peak of our step: {peak:.1f} GiB, estimated by bench/memory.py {expected:.1f} GiB.\n"
-            )
+        parts += task.get("notes", [])
     return "\n".join(parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     add = parser.add_argument
-    add("--model", help="checkpoint folder or hub id")
-    add("--shape", choices=CONFIGS, help="random weights of this size instead")
-    add(
-        "--data", type=Path, help="JSONL file of records with CoT and score; None: made, as long as real ones"
-    )
+    which = parser.add_mutually_exclusive_group(required=True).add_argument
+    which("--model", help="checkpoint folder or hub id")
+    which("--shape", choices=CONFIGS, help="random weights of this size")
+    which("--table", type=Path, help="only print the tables of this JSON file")
+    add("--data", type=Path, help="JSONL file of records with CoT and score; None: made, of real length")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to compare")
     add("--lora", action="store_const", const=8, help="train adapters of rank 8, not all weights")
     add("--bf16", action="store_true", default=models.has_bf16(), help="compute in bf16")
@@ -340,7 +344,6 @@ def main() -> None:
     add("--rounds", type=runs.COUNT, default=3, help="timed turns of each way")
     add("--minutes", type=float, default=1e6, help="time for all; nothing is begun that would take longer")
     add("--out", type=Path, default=Path("out/peers.json"), help="JSON file, written after every turn")
-    add("--table", type=Path, help="only print the tables of this JSON file")
     args = parser.parse_args()
     if args.table:
         print(tables(runs.read_json(args.table)), end="")
@@ -355,6 +358,8 @@ def main() -> None:
     def save() -> None:
         runs.write_whole(args.out, json.dumps(report, indent=1, default=str) + "\n")
 
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save()  # or fail at once
     with in_place, tempfile.TemporaryDirectory() as folder:
         if not args.data:
             args.data = Path(folder, "made.jsonl")
@@ -369,10 +374,12 @@ def main() -> None:
             # Half of the time that is left, the last task all of it
             deadline = end if number == len(args.tasks) else (time.time() + end) / 2
             take_turns(ways, facts, args, deadline, save)
-            if ON_GPU and TASKS[task]:
+            if ON_GPU and task == "judging":
                 copying = share_of(DynamicLayer, "update", ways[OURS])
                 reading = share_of(writing, "read_scores", ways[OURS])
-                facts["shares"] = {"copying the cache": copying, "reading scores": reading}
+                facts["notes"] += [
+                    f"Of our time {copying:.0%} copies the cache, {reading:.0%} reads scores.\n"
+                ]
                 save()
             del ways  # and with them the model
     print(tables(report), end="")
