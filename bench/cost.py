@@ -9,15 +9,12 @@ bytes as sizes change, whatever share of a GPU's peaks is reached.
 
 import argparse
 import statistics
-import tempfile
 import time
-from pathlib import Path
 
 import torch
-from memory import SHAPES, estimate, random_step  # which puts the repository into sys.path
+from memory import SHAPES, estimate, train_random  # which puts the repository into sys.path
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import stage1_train
 from results.tables import table
 from tract import models, runs
 from tract.batch import read_prompts
@@ -26,8 +23,9 @@ PROMPT = 1200  # tokens
 COT = 130
 EPOCHS = 2  # passes over the data in each stage
 # Of an H100 SXM, whose data sheet says 989 TFLOPs in bf16 and 3.35 TB a second, the assumed share
-TRAINING = 0.4 * 989e12
-READING = 0.5 * 989e12
+PEAK = 989e12
+TRAINING = 0.4 * PEAK
+READING = 0.5 * PEAK
 WRITING = 0.6 * 3.35e12
 ROWS = 64  # CoTs written at a time
 SMALLER = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -114,7 +112,8 @@ def measure() -> None:
             name = f"hidden {h}, {layers} layers, {prompt} + {cot} tokens"
             for lora, trained in ((8, "LoRA"), (None, "all weights")):
                 flops = training(config, bool(lora), False, prompt, cot)
-                seconds = time_training(config, lora, prompt, cot)
+                speed = train_random(config, lora, (4, prompt + cot, cot), False, False)
+                seconds = (prompt + cot) / speed
                 cases["training"].append((f"{name}, {trained}", flops, seconds))
             seconds = time_writing(config, prompt, cot)
             cases["writing"].append((name, writing(config, 8, prompt, cot), seconds))
@@ -122,22 +121,6 @@ def measure() -> None:
         _, most, longest = entries[-1]
         rows = [[name, f"{x / most:.2f}", f"{seconds / longest:.2f}"] for name, x, seconds in entries]
         print(table([task, "computed", "measured"], rows))
-
-
-def time_training(config, lora: int | None, prompt: int, cot: int) -> float:
-    """Return the median seconds of a step of 4 sequences in stage 1's loop."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).to(models.device())
-    if lora:
-        model = models.add_lora(model, lora)
-    args, window, loss_options = random_step(config, (4, prompt + cot, cot), bf16=False)
-    seconds = []
-    for _ in range(3):
-        started = time.time()
-        with tempfile.TemporaryDirectory() as folder:
-            stage1_train.train(args, model.train(), [window[:4]], [], loss_options, Path(folder))
-        seconds.append(time.time() - started)
-    return statistics.median(seconds)
 
 
 def time_writing(config, prompt: int, cot: int) -> float:

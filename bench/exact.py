@@ -1,26 +1,24 @@
-"""Compare scores read in bf16 with those of fp32, and what reading them exactly costs.
+"""Compare scores read in bf16 with those of fp32.
 
     python bench/exact.py --model out/real/smollm2 --data out/real/ists/test.jsonl --grid 0,1,2,3,4,5
 
 Reads the score after the annotated CoT of some records in fp32, then in bf16 with three heads; the scripts
 have the second. Prints how many records have several likeliest scores, in how many the likeliest is not that
-of fp32, and by how much the renormalised expectation is off; then what the second head costs, in turns.
+of fp32, and by how much the renormalised expectation is off.
 """
 
 import argparse
-import statistics
-import time
-from types import SimpleNamespace
+import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from memory import peak_of  # which puts the repository into sys.path
 
-import stage1_train
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from loss import rail
 from results.tables import table
 from tract import models, runs, writing
-from tract.encode import encode, encode_prefix, encode_prompt
+from tract.encode import encode_prefix, encode_prompt
 from tract.records import Grid, read_records
 
 
@@ -65,42 +63,6 @@ def compare(args, records: list[dict], grid: Grid) -> None:
     print(table(["arithmetic", f"tied, of {len(records)}", "likeliest differs", "rms error / range"], rows))
 
 
-def price(args, records: list[dict], grid: Grid) -> None:
-    """Print time and memory of a training step and of reading scores, as ratios to the head in bf16."""
-    judge = writing.load_judge(args.model, grid, True)
-    score_ids = judge.scores["score_ids"].tolist()
-    examples = [encode(judge.tokenizer, r, grid, score_ids) for r in records[:4]]
-    texts = [list(e.ids[: e.score_position]) for e in examples]
-    model = models.load_for_training(args.model, None, True, True)
-    options = SimpleNamespace(batch_size=len(examples), score_ce="token", bf16=True)
-
-    def step() -> None:
-        stage1_train.accumulate_gradients(model, examples, judge.scores, options)
-        model.zero_grad()
-
-    rows = []
-    for name, task in (("training step", step), ("reading scores", lambda: writing.score(judge, texts))):
-        seconds = {}
-        peaks = {}
-        for head in [in_bf16, models.next_token_logits] * (args.rounds + 1):
-            with (
-                patch.object(stage1_train, "next_token_logits", head),
-                patch.object(writing, "next_token_logits", head),
-            ):
-                started = time.perf_counter()
-                task()
-                seconds.setdefault(head, []).append(time.perf_counter() - started)
-                if head not in peaks:
-                    peaks[head] = peak_of(task)
-        pairs = zip(
-            seconds[models.next_token_logits][1:], seconds[in_bf16][1:], strict=True
-        )  # the first warms up
-        ratios = sorted(ours / plain for ours, plain in pairs)
-        spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-        rows.append([name, spread, f"{peaks[models.next_token_logits] / peaks[in_bf16]:.3f}"])
-    print(table(["task", "times as long", "peak memory, times as much"], rows), end="")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     add = parser.add_argument
@@ -108,12 +70,10 @@ def main() -> None:
     add("--data", default="out/real/ists/test.jsonl", help="JSONL file of records with CoTs")
     add("--grid", default="0,1,2,3,4,5", help="score grid")
     add("--records", type=runs.COUNT, default=50, help="how many of them, the first ones")
-    add("--rounds", type=runs.COUNT, default=5, help="turns that each head gets")
     args = parser.parse_args()
     grid = Grid.parse(args.grid)
     records = read_records(args.data, grid, ("id", "prompt", "cot", "score"))[: args.records]
     compare(args, records, grid)
-    price(args, records, grid)
 
 
 if __name__ == "__main__":

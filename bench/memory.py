@@ -3,10 +3,9 @@
     python bench/memory.py --model mistral-7b --4bit
     python bench/memory.py --model mistral-7b --full --batch-size 4 --length 2000
     python bench/memory.py --fit             # a table of the 7B and 8B models
-    python bench/memory.py --measure         # against measurements; ten minutes
 
-It takes the options of stage1_train.py. The estimate is what tensors hold at the peak of a step on a GPU, in
-bf16, from the shapes alone; what CUDA and its allocator take comes on top. --measure has small random models.
+It takes the options of stage1_train.py. The estimate is what tensors hold at the peak of a step, in bf16 but
+with --fp32, from the shapes alone; what CUDA and its allocator take comes on top. bench/peers.py measures.
 """
 
 import contextlib
@@ -35,7 +34,6 @@ SHAPES = {  # transformers' defaults are those of Mistral-7B; no hub is needed f
     "llama-3.1-8b": LlamaConfig(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8),
 }
 FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight in NF4, of its block's scale, of that one's
-SMALL = {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 8, "num_attention_heads": 8}
 
 
 def estimate(
@@ -87,27 +85,18 @@ def estimate(
     }
 
 
-def peak_of(run) -> int:
-    """Return the bytes that tensors hold at the peak of run(), beyond what they held before."""
+def peak_of(run) -> tuple[int, object]:
+    """Return the bytes that tensors hold at the peak of run(), beyond those before, and what it returns."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
+        found = run()
+        return torch.cuda.max_memory_allocated() - before, found
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
+        found = run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
-
-
-def random_step(config, batch: tuple[int, int, int], bf16: bool) -> tuple:
-    """Return what stage 1's loop takes for a step of two such random batches: args, window, loss_options."""
-    sequences, length, supervised = batch
-    options = [f"--batch-size={sequences}", "--bf16" if bf16 else "--fp32"]
-    args = make_training_parser("", stage=1, defaults=stage1_train.DEFAULTS).parse_args(options)
-    ids = torch.randint(10, config.vocab_size, (2 * sequences, length)).tolist()
-    window = [Example("random", row, length - supervised, length - 2, 3.67) for row in ids]
-    return args, window, models.score_tensors([3, 4, 5, 6, 7], Grid())
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events)), found
 
 
 def random_model(config, name: str, dtype: torch.dtype, **options):
@@ -116,17 +105,18 @@ def random_model(config, name: str, dtype: torch.dtype, **options):
         return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype).eval()
 
 
-def measure(config, lora: int | None, batch: tuple[int, int, int], bf16: bool, checkpointing: bool) -> int:
-    """Return the measured bytes at the peak of two steps of two such batches in stage 1's loop."""
-    args, window, loss_options = random_step(config, batch, bf16)
-
-    def run() -> None:
-        model = models.load_for_training("random", lora, checkpointing, bf16)
-        stage1_train.train(args, model, [window] * 2, [], loss_options, Path(folder))
-
+def train_random(config, lora: int | None, batch: tuple, bf16: bool, checkpointing: bool) -> int:
+    """Take two steps of two random batches, as `estimate` takes one; returns tokens a second."""
+    sequences, length, supervised = batch
+    options = [f"--batch-size={sequences}", "--bf16" if bf16 else "--fp32"]
+    args = make_training_parser("", stage=1, defaults=stage1_train.DEFAULTS).parse_args(options)
+    ids = torch.randint(10, config.vocab_size, (2 * sequences, length)).tolist()
+    window = [Example("random", row, length - supervised, length - 2, 3.67) for row in ids]
+    loss_options = models.score_tensors([3, 4, 5, 6, 7], Grid())
     fake = patch.object(models, "load_model", partial(random_model, config))
     with fake, tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        return peak_of(run)
+        model = models.load_for_training("random", lora, checkpointing, bf16)
+        return stage1_train.train(args, model, [window] * 2, [], loss_options, Path(folder))
 
 
 def fit() -> None:
@@ -141,29 +131,16 @@ def fit() -> None:
     print(table(head, rows), end="")
 
 
-def compare() -> None:
-    """Print measurements, and estimates as a share of them."""
-    for name, lora, bf16, checkpointing in itertools.product(SHAPES, (8, None), (True, False), (True, False)):
-        config = type(SHAPES[name])(vocab_size=SHAPES[name].vocab_size, num_key_value_heads=2, **SMALL)
-        case = (config, lora, (4, 512, 128), bf16, checkpointing)
-        expected = sum(estimate(*case).values())
-        measured = measure(*case)
-        facts = f"{measured / 2**20:.0f} MiB measured, {expected / measured:.3f} of it estimated"
-        print(f"{name} made small, {lora=}, {bf16=}, {checkpointing=}: {facts}", flush=True)
-
-
 def main() -> None:
     parser = make_training_parser(__doc__, stage=1, defaults=stage1_train.DEFAULTS)
     add = parser.add_argument_group("memory").add_argument
     add("--length", type=runs.COUNT, default=3000, help="tokens of a sequence")
     add("--supervised", type=runs.COUNT, default=250, help="how many of them carry loss: CoT and score")
+    parser.set_defaults(bf16=True)
     add("--fit", action="store_true", help="print a table for the 7B and 8B models instead")
-    add("--measure", action="store_true", help="compare estimates with measurements instead")
     args = parser.parse_args()
     if args.fit:
         return fit()
-    if args.measure:
-        return compare()
     if args.four_bit and not args.lora:
         raise InputError("--4bit: is for --lora")
     try:
@@ -172,7 +149,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         raise hub.refusal(args.model, error) from None
     batch = (args.batch_size, args.length, args.supervised)
-    parts = estimate(config, args.lora, batch, True, args.gradient_checkpointing, args.four_bit)
+    parts = estimate(config, args.lora, batch, args.bf16, args.gradient_checkpointing, args.four_bit)
     total = sum(parts.values()) / 2**30
     print(f"{args.model}: {total:.2f} GiB at the peak of a step")
     for part, size in parts.items():

@@ -13,13 +13,13 @@ import numpy as np
 import peers
 import pytest
 import real
-import speed
 from conftest import ROOT
 from transformers import MistralConfig
 
 from data.tiny import ideal, prepare
 from eval import METRICS, against_others
-from tract.records import Grid, predicted, read_records
+from tract.encode import encode_prefix
+from tract.records import Grid, predicted
 
 RESULTS = ROOT / "results/ablations"
 METRICS_SHOWN = ("pearson", "rmse")
@@ -371,64 +371,56 @@ def test_estimated_memory_is_what_is_measured(run_script, capsys):
     config = MistralConfig(vocab_size=8000, num_key_value_heads=1, **small)
     for lora, *rest in ((None, False, True), (None, True, False), (8, False, True), (8, False, False)):
         case = (config, lora, (2, 96, 32), *rest)
-        assert sum(memory.estimate(*case).values()) == pytest.approx(memory.measure(*case), rel=0.04), case
+        measured, _ = memory.peak_of(functools.partial(memory.train_random, *case))
+        assert sum(memory.estimate(*case).values()) == pytest.approx(measured, rel=0.04), case
     for script, page in (("memory", "speed"), ("cost", "scale")):
         run_script(script, *["--fit"] * (script == "memory"))
         tables = capsys.readouterr().out.split("\n\n")
         assert all(table in (ROOT / f"docs/{page}.md").read_text("utf-8") for table in tables)
 
 
-def test_both_columns_of_the_speed_table_are_medians_of_ratios():
-    entry = {"seconds": [[1, 2, 4], [3, 2, 8]], "peak_mib": [[1, 2, 4], [2, 2, 6]], "differ": 0}
-    assert "| 2.00 (1.00 to 3.00) | 1.50 |" in speed.summary({"tasks": {"task": entry}})
-    report = json.loads((ROOT / "results/speed/speed.json").read_text("utf-8"))
-    assert speed.summary(report) in (ROOT / "docs/speed.md").read_text("utf-8")
+def peers_of(lab, *options) -> list:
+    few = lab.write("few.jsonl", lab.rows[:6])
+    out = lab.path / "peers.json"
+    return ["peers", "--data", few, "--fp32", "--batch-size", 3, "--texts", 5, "--out", out, *options]
 
 
-def turns_of(compare, num_cots: int) -> dict:
-    """Let the ways to do a task take their first turn with a tiny random model; return what came out."""
-    args = argparse.Namespace(model=None, bf16=False, lora=None, batch_size=3, texts=5, rounds=0)
-    rows = read_records(ROOT / "data/tiny/train.jsonl", Grid(), ("id", "prompt", "cot", "score"))[:12]
-    in_place = functools.partial(memory.random_model, peers.CONFIGS["tiny"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peers.models, "load_model", in_place)
-        ways, task = compare(args, peers.models.TINY_SEED, rows, num_cots)
-    peers.take_turns(ways, task, args, math.inf, save=lambda: None)
-    return task["ways"]
+def test_ways_to_train_and_to_judge_find_the_same(lab):
+    lab.run(*peers_of(lab, "--rounds", 1))
+    report = json.loads((lab.path / "peers.json").read_text())
+    training, *judging = report["tasks"].values()
+    assert [len(task["ways"]) for task in (training, *judging)] == [4, 2, 2]
+    assert all(way["peak"] > training["weights"] for way in training["ways"].values())
+    assert all(len(way["seconds"]) == 1 for task in judging for way in task["ways"].values())
+    said = lab.capsys.readouterr().out
+    lab.run("peers", "--table", lab.path / "peers.json")
+    assert said.endswith(lab.capsys.readouterr().out)
 
 
-def test_ways_to_train_find_the_same_loss_and_gradient(monkeypatch):
-    ways = turns_of(peers.train, 0)
-    assert len(ways) == 4 and all(way["extra_bytes"] > 0 and way["differ"] < 1e-5 for way in ways.values())
+def doubled(loss):
+    """Return a loss of the same value and twice the gradient."""
+    return 2 * loss - loss.detach()
+
+
+def test_another_loss_gradient_or_score_is_no_peer(lab, monkeypatch):
     right = peers.authors_loss
-    for wrong in (
-        lambda loss: 1.01 * loss,
-        lambda loss: 2 * loss - loss.detach(),
-    ):  # which has another gradient
-        monkeypatch.setattr(
-            peers, "authors_loss", lambda *args, wrong=wrong, **rest: wrong(right(*args, **rest))
-        )
-        with pytest.raises(peers.runs.Fault, match="authors' style: has found"):
-            turns_of(peers.train, 0)
-
-
-def test_ways_to_judge_find_the_same_distributions(monkeypatch):
-    for num_cots in (1, 5):
-        ways = turns_of(peers.judge, num_cots)
-        assert len(ways) >= 2 and all(way["differ"] < 1e-5 for way in ways.values())
-    right = peers.dictate
-    monkeypatch.setattr(
-        peers, "dictate", lambda module, texts: right(module, dict.fromkeys(texts, texts["0/0/0"]))
-    )
-    with pytest.raises(peers.runs.Fault, match=r"authors' style.*has found"):
-        turns_of(peers.judge, 1)
+    for wrong, found in ((lambda loss: 1.001 * loss, "loss"), (doubled, "norm")):
+        monkeypatch.setattr(peers, "authors_loss", lambda *args, w=wrong, **scores: w(right(*args, **scores)))
+        said = lab.fail(*peers_of(lab, "--tasks", "training"))[1]
+        assert f"authors' style: {found} is" in said
+        (lab.path / "peers.json").unlink()
+    monkeypatch.setattr(peers, "encode_prefix", lambda *args: encode_prefix(*args)[1:])
+    said = lab.fail(*peers_of(lab, "--tasks", "judging-5"))[1]
+    assert "authors' style: generate, then read each text anew: probs is" in said
 
 
 def test_the_peers_table_has_medians_of_ratios_and_what_was_cut_off():
-    ways = {peers.OURS: {"seconds": [1, 2, 4], "differ": 0}, "slow": {"seconds": [3, 2], "differ": 0}}
-    ways["late"] = {"seconds": [], "differ": 0}
-    lines = peers.tables({"tasks": {"judging": {"tokens": 10, "held": 0, "ways": ways}}}).splitlines()
+    ways = {peers.OURS: {"seconds": [1, 2, 4]}, "slow": {"seconds": [3, 2]}, "late": {"seconds": []}}
+    lines = peers.tables({"tasks": {"judging": {"tokens": 10, "ways": ways, "note": ""}}}).splitlines()
     assert "| slow | 2.50 | 2.00 (1.00 to 3.00) | 4 |" in lines[3] and "| late | no time left |" in lines[4]
+    page = (ROOT / "docs/speed.md").read_text("utf-8")
+    for path in (ROOT / "results/speed").glob("*.json"):
+        assert peers.tables(json.loads(path.read_text("utf-8"))) in page
 
 
 def test_the_ridge_regression_sees_how_far_words_overlap():
