@@ -386,12 +386,12 @@ def peers_of(lab, *options) -> list:
 
 
 def test_ways_to_train_and_to_judge_find_the_same(lab):
-    lab.run(*peers_of(lab, "--rounds", 1))
+    lab.run(*peers_of(lab, "--rounds", 1, "--tasks", "training", "judging-5"))
     report = json.loads((lab.path / "peers.json").read_text())
-    training, *judging = report["tasks"].values()
-    assert [len(task["ways"]) for task in (training, *judging)] == [4, 2, 2]
+    training, judging = report["tasks"].values()
+    assert (len(training["ways"]), len(judging["ways"])) == (4, 2)
     assert all(way["peak"] > training["weights"] for way in training["ways"].values())
-    assert all(len(way["seconds"]) == 1 for task in judging for way in task["ways"].values())
+    assert all(len(way["seconds"]) == 1 for way in judging["ways"].values())
     said = lab.capsys.readouterr().out
     lab.run("peers", "--table", lab.path / "peers.json")
     assert said.endswith(lab.capsys.readouterr().out)
