@@ -59,6 +59,7 @@ def cot_raft_loss(
     ce_sum: bool = False,
     n_tokens: int | None = None,
     n_sequences: int | None = None,
+    weights: Tensor | None = None,
 ) -> Loss:
     """Return CoT-RAFT: squared error of the expected score, plus cross-entropy (CE) on the CoT and the score.
 
@@ -77,6 +78,7 @@ def cot_raft_loss(
                   none     there is no CE, as in the authors' code
     score_weight, ce_sum, n_tokens, n_sequences
                   what the CE is a mean over: see `mean_ce`
+    weights       (R,)  of the CE at each position, as `advantages` makes them for stage 3; None: all 1
 
     Worked example: one sequence, V = 4, scores 1 and 5 are the tokens 2 and 3, y* = 5. One CoT token has
     probability .5, the logits of the score are log [.1, .1, .2, .6]. CE = (ln 2 − ln .6) / 2 = .602, squared
@@ -89,6 +91,8 @@ def cot_raft_loss(
     nll = F.cross_entropy(logits, targets, reduction="none")  # (R,)
     if score_ce == "two-hot":
         nll[is_score] = two_hot_ce(logits_at_score, y, score_ids, score_values)
+    if weights is not None:
+        nll = weights * nll
     if n_sequences is None:
         n_sequences = len(y)
     ce = mean_ce(nll, is_score, score_ce != "none", score_weight, ce_sum, n_tokens, n_sequences)
@@ -128,6 +132,27 @@ def mean_ce(
         return nll.sum() / divisor
     # Without CE at the score there is nothing to weigh: the scripts refuse that
     return nll[~is_score].sum() / divisor + score_weight * nll[is_score].sum() / max(n_sequences, 1)
+
+
+def advantages(rewards: Tensor, kind: str = "leave-one-out") -> Tensor:
+    """Return by how much each of K CoTs of a prompt did better than its siblings: (..., K) → (..., K).
+
+    They estimate the gradient of an expected reward that itself depends on the model (arXiv 2603.17145):
+
+        ∇ E[r(c)] = E[r ∇ log p(c | x) + ∇ r]  ≈  1/K Σ_i (A_i ∇ log p(c_i | x) + ∇ r(c_i))
+
+    leave-one-out  A_i = r_i − mean of the others. As they do not depend on c_i, the estimate is unbiased
+    group          A_i = (r_i − mean of all) / their standard deviation, clipped to ±1, the paper's: biased
+
+    With r = −(ŷ − y*)² this is minus the gradient of CoT-RAFT with `weights` A, CE summed, none at the score.
+
+    Worked example: rewards −1, −1, −4 become 1.5, 1.5, −3, or by group (deviation 3 ** .5) .577, .577, −1.
+    """
+    if kind == "group":
+        apart = rewards - rewards.mean(-1, keepdim=True)
+        return (apart / (rewards.std(-1, keepdim=True) + 1e-6)).clamp(-1, 1)  # equal rewards: 0
+    others = (rewards.sum(-1, keepdim=True) - rewards) / (rewards.shape[-1] - 1)
+    return rewards - others
 
 
 def penalty_of(

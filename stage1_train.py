@@ -76,6 +76,7 @@ def collate(examples: list[Example]) -> dict[str, Tensor]:
     supervised = torch.zeros(shape, dtype=torch.bool)
     is_score = torch.zeros(shape, dtype=torch.bool)
     true_scores = torch.zeros(shape)
+    weights = torch.tensor([example.weight for example in examples])  # (B,)
     for b, example in enumerate(examples):
         length = len(example.ids)
         ids[b, :length] = torch.tensor(example.ids)
@@ -88,6 +89,7 @@ def collate(examples: list[Example]) -> dict[str, Tensor]:
         "targets": ids.roll(-1, dims=1)[supervised],  # (R,), the next token; no last one is supervised
         "is_score": is_score[supervised],  # (R,)
         "true_scores": true_scores[supervised],  # (R,)
+        "weights": weights[:, None].expand(shape)[supervised],  # (R,), of the CE: 1, but in stage 3
     }
     return {name: tensor.to(device()) for name, tensor in batch.items()}
 
@@ -111,7 +113,7 @@ def loss_in_parts(model, states: Tensor, batch: dict, loss_options: dict, bf16: 
     size = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
     for start in range(0, len(states), size):
         positions = slice(start, start + size)
-        labels = {name: batch[name][positions] for name in ("targets", "is_score", "true_scores")}
+        labels = {name: x[positions] for name, x in batch.items() if name not in ("ids", "supervised")}
         with autocast(bf16):
             # (r, V); those of the score tokens are computed in fp32, for bf16 would blur their distribution
             logits = next_token_logits(model, states[positions], loss_options["score_ids"])
@@ -129,7 +131,7 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, args)
     n_tokens = sum(example.n_supervised for example in window)
     if args.score_ce == "none":  # CE then skips the score of each sequence
         n_tokens -= len(window)
-    loss_options = loss_options | {"n_tokens": n_tokens, "n_sequences": len(window)}
+    loss_options = {"n_tokens": n_tokens, "n_sequences": len(window)} | loss_options
     sums = torch.zeros(3, device=device())
     for micro_batch in ranks.micro_batches(window, args.batch_size):
         batch = collate(micro_batch)
@@ -255,10 +257,8 @@ def main() -> None:
     add = parser.add_argument_group("stage 1").add_argument
     add("--no-cot", action="store_true", help="train on the score alone, without any CoT")
     args = parser.parse_args()
-    default_data = Path(parser.get_default("data")).resolve()
-    if (
-        Path(args.data).resolve() == default_data
-    ):  # of this --model: fetched if missing, and beside valid.jsonl
+    default_data = Path(parser.get_default("data")).resolve()  # of this --model
+    if Path(args.data).resolve() == default_data:  # fetched if missing, and beside valid.jsonl
         args.valid = args.valid or str(default_data.with_name("valid.jsonl"))
         fetch_data(args, default_data)
     args.grid = choose_grid(args)

@@ -52,16 +52,20 @@ def card(run: dict) -> str:
         grid=args["grid"],
         suffix=args["suffix"],
     )
-    kind = "CoTs that the judge of stage 1 wrote" if args["stage"] == 2 else "annotators' CoTs"
+    kinds = {1: "annotators' CoTs", 2: "CoTs that the judge of stage 1 wrote"}
+    kinds[3] = "its own CoTs, weighted by how much better each did than its siblings"
     held_out = "No records were held out in training."
     on = "without CoTs" if args["no_cot"] else "CoTs given"
     weight = "one token's share" if args["score_weight"] is None else f"weight {args['score_weight']:g}"
-    if "valid" in run["last_step"]:
+    if "kept" in run:  # of stage 3
+        held_out = "On {n} held-out records, own CoTs: RMSE {rmse:.3f}, r {r:.3f}; chosen by that RMSE."
+        held_out = held_out.format(**run["kept"]["valid"])
+    elif "valid" in run["last_step"]:
         held_out = "On {n} held-out records, {on}: CE {ce:.3f} a token, RMSE {rmse:.3f}."
         held_out = held_out.format(on=on, **run["last_step"]["valid"])
     facts = {  # of a folder or file only the name: where it lies on a machine is private
         "metadata": metadata.to_yaml(),
-        "kind": "scores alone, without CoTs" if args["no_cot"] else kind,
+        "kind": "scores alone, without CoTs" if args["no_cot"] else kinds[args["stage"]],
         "base": base or repr(Path(args["model"]).resolve().name),
         "weight": weight,
         "weights": f"an adapter of rank {adapter}{bits}" if adapter else "all weights",

@@ -16,6 +16,7 @@ from tract import runs
 from tract.records import InputError
 
 PANELS = {"loss": "loss", "ce": "CE", "penalty": "penalty", "valid": "held-out RMSE", "lr": "learning rate"}
+STAGE_3 = {"reward": "mean reward", "finished": "share of finished CoTs"}  # which its log has as well
 NOISY = ("loss", "ce", "penalty")  # and they fall by an order of magnitude in the first steps
 
 
@@ -39,7 +40,8 @@ def points(log: list[dict], name: str) -> np.ndarray:
     if name == "valid":
         pairs = [(line["step"], line["valid"]["rmse"]) for line in log if "valid" in line]
     else:
-        pairs = [(line["step"], line[name]) for line in log if line["taken"] or name == "lr"]
+        lines = [line for line in log if name in PANELS or name in line]
+        pairs = [(line["step"], line[name]) for line in lines if line["taken"] or name == "lr"]
     return np.array(pairs, dtype=float).reshape(-1, 2).T
 
 
@@ -50,11 +52,13 @@ def draw(logs: dict[str, list[dict]]):
     """
     from matplotlib.figure import Figure
 
-    names = [name for name in PANELS if any(points(log, name).size for log in logs.values())]
+    panels = PANELS | STAGE_3
+    names = [name for name in panels if any(points(log, name).size for log in logs.values())]
     figure = Figure(figsize=(18, 3.5 + len(logs) / 4), layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False)[0]
     for axis, name in zip(axes, names, strict=True):
-        axis.set(title=PANELS[name], xlabel="step", yscale="log" if name in NOISY else "linear")
+        positive = all((points(log, name)[1] > 0).all() for log in logs.values())  # not all in stage 3
+        axis.set(title=panels[name], xlabel="step", yscale="log" if name in NOISY and positive else "linear")
         for number, log in enumerate(logs.values()):
             color = f"C{number}"
             steps, values = points(log, name)

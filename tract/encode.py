@@ -28,6 +28,7 @@ class Example(NamedTuple):  # one training sequence
     start: int  # the tokens from here on carry loss, those before are the prompt
     score_position: int  # index of the score token in `ids`; the logits one before it predict the score
     score: float  # the real-valued target of the squared error
+    weight: float = 1.0  # of its CE; in stage 3, by how much its CoT did better than its siblings
 
     @property
     def n_supervised(self) -> int:

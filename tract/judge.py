@@ -35,6 +35,14 @@ def ready_cots_of(tokenizer, record: dict, prompt_ids: list[int], given: str | N
     return cots
 
 
+def read_missing_scores(judge: Loaded, cots_of_records: list[list[Cot]]) -> None:
+    """Read the score distributions that CoTs lack: those that reached the suffix when written have theirs."""
+    unscored = [cot for cots in cots_of_records for cot in cots if cot.scores is None]
+    distributions = score(judge, [cot.ids for cot in unscored])
+    for cot, distribution in zip(unscored, distributions, strict=True):
+        cot.scores = distribution
+
+
 def predict_from(
     judge: Loaded, cots_of_records: list[list[Cot]], renormalise: bool, calibration: dict | None
 ) -> list[dict]:
@@ -43,11 +51,7 @@ def predict_from(
     calibration: what intervals.read returns.
     """
     grid = judge.grid
-    # Where a sampled CoT reached the suffix, its score distribution came with it; the others lack it
-    unscored = [cot for cots in cots_of_records for cot in cots if cot.scores is None]
-    distributions = score(judge, [cot.ids for cot in unscored])
-    for cot, distribution in zip(unscored, distributions, strict=True):
-        cot.scores = distribution
+    read_missing_scores(judge, cots_of_records)
     found = []
     for cots in cots_of_records:
         # Round before computing, so that anyone can compute the prediction from the file

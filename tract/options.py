@@ -13,25 +13,27 @@ from tract.runs import COUNT, SEED, SHARE, WEIGHT, Help, number
 
 
 def make_training_parser(description: str, stage: int, defaults: dict[str, dict]) -> argparse.ArgumentParser:
-    """Make the options of both training stages.
+    """Make the options of a training stage; those of stages 1 and 2 that stage 3 has no use for, it lacks.
 
     defaults: model → default of each option; those of "any other" are for models that it does not name.
     """
-    seed, adapter_rank, four_bit = asked_for()  # p_s gets the defaults of its seed (A.4)
+    model = "out/stage2" if stage == 3 else models.TINY_SEED
+    seed, adapter_rank, four_bit = asked_for(model)  # a judge gets the defaults of its seed
     defaults = defaults_of(seed, defaults).copy()
     data = str(ROOT / defaults.pop("data"))
     lora = defaults.pop("lora")
-    if adapter_rank:  # of p_s, which stage 2 may go on with
-        lora = adapter_rank
+    lora = adapter_rank or lora  # of a judge, which training may go on with
     rank = lora or 8  # the paper's is 8
 
     parser = make_parser(description)
     add = parser.add_argument  # what matters most comes first, in no group
     names = ", ".join(hub.MODELS)
-    add("--model", default=models.TINY_SEED, help=f"seed model: folder, hub id or one of {names}")
-    add("--data", default=data if stage == 1 else "out/cots.jsonl", help="JSONL file of records")
+    what = "p_tract: folder or hub id" if stage == 3 else f"seed model: folder, hub id or one of {names}"
+    add("--model", default=model, help=what)
+    add("--data", default="out/cots.jsonl" if stage == 2 else data, help="JSONL file of records")
     add("--out", type=Path, default=Path(f"out/stage{stage}"), help="folder of the checkpoint")
-    add("--epochs", type=COUNT, help="passes over the data")
+    if stage < 3:
+        add("--epochs", type=COUNT, help="passes over the data")
     add = parser.add_mutually_exclusive_group().add_argument
     what = f"adapters of this rank, or of rank {rank}, on all linear layers; None: all weights"
     add("--lora", nargs="?", type=COUNT, const=rank, default=lora, metavar="RANK", help=what)
@@ -39,7 +41,32 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
     add("--full", **full, help="all weights, in fp32")
     add = parser.add_argument_group("checks").add_argument
     add("--valid", help="JSONL file of held-out records; None: valid.jsonl of stage 1's default --data")
-    add("--dry-run", action="store_true", help="only show options and an example with its loss mask")
+    if stage < 3:
+        add("--dry-run", action="store_true", help="only show options and an example with its loss mask")
+        add_loss(parser)
+    else:
+        add_sampling(parser)
+    add = parser.add_argument_group("optimiser").add_argument
+    add("--lr", type=WEIGHT, help="learning rate of AdamW, its peak in stages 1 and 2")
+    add("--batch-size", type=COUNT, help="sequences on the device at a time")
+    add("--weight-decay", type=WEIGHT, help="of weight matrices")
+    add("--clip", type=WEIGHT, default=1.0, help="largest norm of the gradient; 0: any")
+    if stage < 3:
+        add("--accumulation", type=COUNT, help="batches an optimiser step")
+        add("--warmup", type=SHARE, help="share of the steps with rising learning rate; a cosine follows")
+        add("--fsdp", action="store_true", help="under torchrun: spread weights, gradients, AdamW (--full)")
+        add("--save-every", type=COUNT, default=200, help="steps after which the state is saved")
+    what = "with --lora: keep the base in 4 bits (NF4, needs bitsandbytes)"
+    add("--4bit", dest="four_bit", action="store_true", default=four_bit, help=what)
+    recompute = argparse.BooleanOptionalAction
+    add("--gradient-checkpointing", action=recompute, help="recompute activations: slower, far less memory")
+    add_common(parser)
+    parser.set_defaults(**defaults, stage=stage, no_cot=False)
+    return parser
+
+
+def add_loss(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the loss in stages 1 and 2."""
     add = parser.add_argument_group("loss: ce-weight · CE + λ · penalty, as in loss.py").add_argument
     add("--lambda", dest="lam", type=WEIGHT, default=1.0, help="λ, weight of the penalty; 0 leaves CE")
     add("--penalty", choices=("squared", "rps", "ntl"), default="squared", help="distance to the true score")
@@ -47,22 +74,6 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
     add("--score-ce", choices=("token", "two-hot", "none"), default="token", help="what CE sees at the score")
     add("--score-weight", type=WEIGHT, help="weight of the CE at the score, as λ's; None: one token's share")
     add("--ce-sum", action="store_true", help="sum CE over a sequence, as the formula; else mean of tokens")
-    add = parser.add_argument_group("optimiser").add_argument
-    add("--lr", type=WEIGHT, help="peak learning rate of AdamW")
-    add("--batch-size", type=COUNT, help="sequences on the device at a time")
-    add("--accumulation", type=COUNT, help="batches an optimiser step")
-    add("--warmup", type=SHARE, help="share of the steps with rising learning rate; a cosine follows")
-    add("--weight-decay", type=WEIGHT, help="of weight matrices")
-    add("--clip", type=WEIGHT, default=1.0, help="largest norm of the gradient; 0: any")
-    add("--fsdp", action="store_true", help="under torchrun: spread weights, gradients and AdamW (--full)")
-    what = "with --lora: keep the base in 4 bits (NF4, needs bitsandbytes)"
-    add("--4bit", dest="four_bit", action="store_true", default=four_bit, help=what)
-    recompute = argparse.BooleanOptionalAction
-    add("--gradient-checkpointing", action=recompute, help="recompute activations: slower, far less memory")
-    add("--save-every", type=COUNT, default=200, help="steps after which the state is saved, to go on from")
-    add_common(parser)
-    parser.set_defaults(**defaults, stage=stage, no_cot=False)
-    return parser
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -72,10 +83,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
 
 
-def asked_for() -> tuple[str, int | None, bool]:
+def asked_for(default: str) -> tuple[str, int | None, bool]:
     """Return the seed of the --model asked for, the rank of its adapters, and if their base is in 4 bits."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model", default=models.TINY_SEED)
+    parser.add_argument("--model", default=default)
     parser.add_argument("--help", "-h", action="store_true")  # which shall not wait for the hub
     asked = parser.parse_known_args()[0]
     try:
@@ -110,11 +121,7 @@ def make_writing_parser(description: str, model: str, data: str, out: str) -> ar
     add("--batch-size", type=COUNT, default=32, help="sequences at a time; halved when memory runs out")
     parser.source_of_cots = parser.add_mutually_exclusive_group()
     parser.source_of_cots.add_argument("--num-cots", type=COUNT, default=1, help="CoTs a prompt")
-    add = parser.add_argument_group("sampling (the defaults are the paper's)").add_argument
-    add("--max-new-tokens", type=COUNT, default=1024, help="tokens; a longer CoT is unfinished")
-    add("--temperature", type=WEIGHT, default=1.0, help="0 always takes the most likely token")
-    add("--top-p", type=number(float, 1e-6, 1), default=0.9, help="mass that tokens are sampled from")
-    add("--repetition-penalty", type=number(float, 1e-6), default=1.03, help="1 is none")
+    add_sampling(parser)
     add = parser.add_argument_group("many records (docs/scale.md)").add_argument
     add("--shard", type=shard, metavar="I/N", help="take the I-th of N shares of the records; cat joins them")
     add("--engine", choices=("torch", "vllm"), default="torch", help="vllm: see vllm_engine.py")
@@ -134,6 +141,15 @@ def make_judging_parser(description: str) -> argparse.ArgumentParser:
     add("--renormalise", action="store_true", help="divide by the mass on the grid")
     add("--intervals", help="metrics.json of eval.py: adds `low` and `high` (docs/trust.md)")
     return parser
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the options of how CoTs are sampled, with the paper's defaults."""
+    add = parser.add_argument_group("sampling").add_argument
+    add("--max-new-tokens", type=COUNT, default=1024, help="tokens; a longer CoT is unfinished")
+    add("--temperature", type=WEIGHT, default=1.0, help="0 always takes the most likely token")
+    add("--top-p", type=number(float, 1e-6, 1), default=0.9, help="mass that tokens are sampled from")
+    add("--repetition-penalty", type=number(float, 1e-6), default=1.03, help="1 is none")
 
 
 def shard(text: str) -> tuple[int, int]:

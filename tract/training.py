@@ -19,14 +19,12 @@ from tract.encode import Example, thinking_setting
 from tract.runs import Fault
 
 BAD_STEPS = 10  # steps in a row without a finite loss after which training stops
+MEASURES = {"ce": "CE {:.3f} a token", "rmse": "RMSE {:.3f}", "r": "r {:.3f}", "finished": "{:.0%} finished"}
 
 
 def begin(args) -> tuple:
     """Make OUT.part, or go on with it; returns it, its settings and its lock, which rank 0 alone has."""
-    if ranks.rank():
-        found = (Path(f"{args.out}.part"), None, None)
-    else:
-        found = runs.begin(args)
+    found = (Path(f"{args.out}.part"), None, None) if ranks.rank() else runs.begin(args)
     ranks.wait()
     return found
 
@@ -79,8 +77,7 @@ def make_optimiser(model, args, steps: int):
         if weight.requires_grad:
             kind = (weight.ndim >= 2, ranks.is_spread(weight))
             decay = args.weight_decay if weight.ndim >= 2 else 0.0
-            group = groups.setdefault(kind, {"params": [], "weight_decay": decay})
-            group["params"].append(weight)
+            groups.setdefault(kind, {"params": [], "weight_decay": decay})["params"].append(weight)
     # fused: one pass over the weights, and on a GPU no second copy of them
     optimiser = torch.optim.AdamW(list(groups.values()), lr=args.lr, betas=(0.9, 0.999), fused=True)
     return optimiser, get_cosine_schedule_with_warmup(optimiser, round(args.warmup * steps), steps)
@@ -97,6 +94,8 @@ class Journal:
         self.folder = folder
         self.n_steps = n_steps
         self.held_out = "held out, without CoTs" if args.no_cot else "held out, on the CoTs given"
+        if args.stage == 3:
+            self.held_out = "held out, on its own CoTs"
         self.trained = (model, optimiser, schedule)
         self.bad_steps = 0  # in a row
         self.tokens = 0  # trained on since the start of this process
@@ -143,8 +142,9 @@ class Journal:
             self.bar.write(f"step {step} not taken, not finite: {ids}")
         if "valid" in line:
             epoch = step * self.args.epochs // self.n_steps
-            values = "CE {ce:.3f} a token, RMSE {rmse:.3f}".format(**line["valid"])
-            self.bar.write(f"epoch {epoch}: {self.held_out}: {values}")
+            when = f"epoch {epoch}" if self.args.stage < 3 else f"step {step}"
+            values = ", ".join(MEASURES[name].format(x) for name, x in line["valid"].items() if name != "n")
+            self.bar.write(f"{when}: {self.held_out}: {values}")
         stopping = ranks.anyone(self.stopping)
         too_bad = self.bad_steps == BAD_STEPS
         if step % self.args.save_every == 0 or step == self.n_steps or too_bad or stopping:

@@ -41,8 +41,8 @@ class Loaded(NamedTuple):  # a model with all it takes to write CoTs and to read
     is_vllm: bool
 
 
-def load_judge(name: str, grid: Grid, bf16: bool, engine: str = "torch", engine_args=()) -> Loaded:
-    """Load what --model, --bf16, --engine and --engine-args ask for. Raises InputError."""
+def load_judge(name: str, grid: Grid, bf16: bool, engine="torch", engine_args=(), model=None) -> Loaded:
+    """Load what the options of these names ask for, or all but a `model` in training. Raises InputError."""
     tokenizer = models.load_tokenizer(name)
     suffix_ids, score_ids = score_tokens(tokenizer, grid)
     scores = models.score_tensors(score_ids, grid)
@@ -51,7 +51,7 @@ def load_judge(name: str, grid: Grid, bf16: bool, engine: str = "torch", engine_
 
         model = Engine(name, tokenizer, bf16, dict(engine_args))
         return Loaded(model, tokenizer, grid, suffix_ids, [], scores, is_vllm=True)
-    model = models.load_model(name, torch.bfloat16 if bf16 else torch.float32)
+    model = model or models.load_model(name, torch.bfloat16 if bf16 else torch.float32)
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]  # Llama-3 has several
     ends = {tokenizer.eos_token_id, *ends} - {None}
@@ -124,7 +124,6 @@ def write(judge: Loaded, prompts: list[list[int]], names: list[str], args, at_on
         mask = F.pad(batch.mask, (0, 1), value=1)
         hidden = decode(judge.model, batch.cache, batch.ids[:, -1:], mask)[:, -1]  # (B, D)
         logits = head(judge.model, hidden)  # (B, V)
-
         done = []  # rows
         for row, tail in enumerate(batch.ids[:, -len(suffix) :].tolist()):
             reached_suffix = written[row] >= len(suffix) and tail == suffix
@@ -174,6 +173,7 @@ class Cot:  # what a judge wrote or was given
     finished: bool  # did it reach the suffix by itself?
     ids: list[int]  # prompt, CoT and suffix, as training encodes them
     scores: Rail | None = None  # the score distribution after `ids`; None where it has not been read
+    sampled: list[int] | None = None  # the tokens as they were drawn, after the prompt; None for a given CoT
 
 
 def write_cots(judge: Loaded, records: list[dict], prompts: list, args, at_once: int) -> list[list[Cot]]:
@@ -196,5 +196,5 @@ def write_cots(judge: Loaded, records: list[dict], prompts: list, args, at_once:
             wanted = encode_prefix(judge.tokenizer, prompt, text, judge.grid)
         # A CoT without suffix, or one that training would encode otherwise, has to be read again
         valid_scores = scores if wanted == prompt + ids else None
-        cots.append(Cot(text.strip(), bool(found_suffix), wanted, valid_scores))
+        cots.append(Cot(text.strip(), bool(found_suffix), wanted, valid_scores, ids))
     return [cots[start : start + num_cots] for start in range(0, len(cots), num_cots)]

@@ -1,0 +1,140 @@
+"""Stage 3: p_tract writes CoTs, and those after which it judged best are reinforced (REAL, arXiv 2603.17145).
+
+    python stage3_train.py --model out/run/stage2 --data train.jsonl --valid valid.jsonl --out out/run/stage3
+
+Stage 1's loop on windows that the model being trained writes itself: K CoTs for each prompt x. CoT i is
+trained on with the weight A_i, by how much its reward −(ŷ_i − y*)² is above its siblings' (`advantages` in
+loss.py), and the squared error flows through the expected score ŷ_i after it, as ever:
+
+    1/K Σ_i (−A_i log p(CoT_i | x) + β (ŷ_i − y*)²)        cot_raft_loss with the weights A, and λ = β
+
+With β = 1 its gradient is an unbiased estimate of that of E[(ŷ − y*)²] over the model's own CoTs. For that
+they have to be drawn from p itself: temperature, top_p and repetition penalty are 1 by default. Of REAL's
+reward, −(ŷ − y*)² + λ log p(y* | x, CoT), this is λ = 0. Every 10 steps held-out records (--valid) are judged
+on CoTs of the model's own; --out gets the weights with the lowest RMSE there, maybe those before training.
+"""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+from transformers import get_constant_schedule
+
+from loss import advantages
+from stage1_train import DEFAULTS, accumulate_gradients
+from tract import curves, hub, models, ranks, rollout, runs, training
+from tract.encode import Example
+from tract.examples import check_options, print_memory, read_prompts
+from tract.options import choose_grid, make_training_parser
+from tract.records import InputError
+from tract.runs import Fault
+from tract.writing import Cot, Loaded, load_judge, random_numbers
+
+# Of cot_raft_loss: CE is summed over each CoT, and there is none at the score
+LOSS = {"ce_sum": True, "score_ce": "none", "penalty": "squared", "ce_weight": 1.0, "score_weight": None}
+
+
+def rewards_of(args, step: int, prompt: Example, cots: list[Cot]) -> torch.Tensor:
+    """Return what each CoT of a prompt has earned, (K,)."""
+    if args.reward == "random":  # a control: its policy term teaches nothing
+        return random_numbers(f"{args.seed}/{step}/{prompt.id}/reward", len(cots))
+    if args.reward == "exact":
+        likeliest = torch.tensor([cot.scores.probs for cot in cots]).argmax(-1)
+        return (likeliest == args.grid.nearest(prompt.score)).float()
+    return -(torch.tensor([cot.scores.expected for cot in cots]) - prompt.score).square()
+
+
+def examples_of(prompt: Example, cot: Cot, advantage: float) -> list[Example]:
+    """Return what to train on for a CoT: A weighs all tokens that were sampled, and none that was forced."""
+    start = len(prompt.ids)
+    text = [*cot.ids, 0]  # in place of the score any token will do: its distribution alone is looked at
+    if cot.ids[start:] == cot.sampled:
+        return [prompt._replace(ids=text, start=start, score_position=len(cot.ids), weight=advantage)]
+    # The suffix was forced, or the text is not encoded as it was sampled. So one example for the policy, with
+    # no score in it (a sampled end of sequence is, though), and one for the score, with no other token
+    sampled = [*prompt.ids, *cot.sampled]
+    policy = prompt._replace(ids=sampled, start=start, score_position=len(sampled), weight=advantage)
+    return [policy, prompt._replace(ids=text, start=len(cot.ids), score_position=len(cot.ids))]
+
+
+def write_window(args, judge: Loaded, prompts: list[Example], step: int) -> tuple[list[Example], dict]:
+    """Return the examples of a step, and what its line in log.jsonl says of their CoTs."""
+    groups = rollout.write_own(args, judge, prompts, step, args.num_cots)
+    pairs = zip(prompts, groups, strict=True)
+    rewards = torch.stack([rewards_of(args, step, prompt, cots) for prompt, cots in pairs])  # (prompts, K)
+    weights = advantages(rewards, args.advantage)
+    window = []
+    for prompt, cots, row in zip(prompts, groups, weights.tolist(), strict=True):
+        for cot, weight in zip(cots, row, strict=True):
+            window += examples_of(prompt, cot, weight)
+    facts = {"reward": float(rewards.mean()), "advantage": float(weights.abs().mean())}
+    return window, facts | rollout.facts_of(groups)
+
+
+def train(args, judge: Loaded, plan: list, held_out: list[Example], folder: Path) -> dict:
+    """Take one optimiser step a window of prompts; leave the best weights in the model. Returns facts."""
+    model = judge.model
+    optimiser, _ = training.make_optimiser(model, args, args.steps)
+    schedule = get_constant_schedule(optimiser)  # in place of the cosine
+    loss_options = judge.scores | LOSS | {"lam": args.lam}  # λ = β
+    with training.Journal(args, folder, model, optimiser, schedule, args.steps) as journal:
+        log = curves.read_log(folder) if journal.done else []
+        rollout.keep_best(folder, model, journal.done, log, held_out)
+        for step, prompts in journal.remaining(plan):
+            window, facts = write_window(args, judge, prompts, step)
+            if held_out and step == 1:
+                facts["valid_before"] = rollout.evaluate(args, judge, held_out)
+            loss_options["n_sequences"] = len(prompts) * args.num_cots  # some CoTs are two examples
+            sums = accumulate_gradients(model, window, loss_options, args)
+            norm = ranks.clip(model, args.clip or math.inf)
+            loss, ce, penalty = sums.tolist()
+            measured = {"loss": loss, "ce": ce, "penalty": penalty, "grad_norm": float(norm)}
+            finite = all(map(math.isfinite, measured.values()))
+            if finite:
+                optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            log.append({"step": step, "taken": finite, "lr": args.lr, **measured, **facts})
+            if held_out and (step % rollout.EVERY == 0 or step == args.steps):
+                log[-1]["valid"] = rollout.evaluate(args, judge, held_out)
+            rollout.say_collapse(log, journal.bar.write)
+            journal.end_step(window, log[-1])
+            rollout.keep_best(folder, model, step, log, held_out)
+    rollout.check_weights(args, judge, plan[-1])  # which nothing has tried yet, without --valid
+    return rollout.load_best(folder, model, log)
+
+
+def main() -> None:
+    defaults = {name: d | LOSS | {"lr": 1e-5 if d["lora"] else 1e-6} for name, d in DEFAULTS.items()}
+    parser = make_training_parser(__doc__, stage=3, defaults=defaults)
+    rollout.add_options(parser)
+    args = parser.parse_args()
+    started = time.time()
+    if torch.distributed.is_torchelastic_launched():
+        raise InputError("stage 3 runs in one process: start it with python, not with torchrun")
+    if hub.trained(args.model).get("stage") != 2:
+        raise InputError(f"{args.model}: stage 3 starts from p_tract; give the --out of stage 2")
+    args.grid = choose_grid(args)  # p_tract's
+    check_options(args)
+    tokenizer = models.load_tokenizer(args.model)
+    prompts = read_prompts(args, args.data, tokenizer)
+    held_out = read_prompts(args, args.valid, tokenizer)  # [] without --valid
+    print(f"{len(prompts)} prompts, {len(held_out) or 'none'} held out; {args.steps} steps")
+    plan = rollout.plan_steps(prompts, args.prompts, args.steps, args.seed)
+    folder, settings, _lock = training.begin(args)  # the lock is held until the end
+    if training.finish_if_whole(folder, args.out):
+        return
+    torch.manual_seed(args.seed)
+    checkpointing = args.gradient_checkpointing
+    model = models.load_for_training(args.model, args.lora, checkpointing, args.bf16, args.four_bit)
+    print_memory(model)
+    judge = load_judge(args.model, args.grid, args.bf16, model=model)
+    try:
+        facts = train(args, judge, plan, held_out, folder)
+    except torch.OutOfMemoryError:
+        raise Fault(f"{folder}: out of memory; lower --batch-size or --max-new-tokens") from None
+    training.save_checkpoint(args, model, tokenizer, folder, settings, started, facts)
+
+
+if __name__ == "__main__":
+    runs.run(main)
