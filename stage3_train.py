@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import get_constant_schedule
 
 from loss import advantages
 from stage1_train import DEFAULTS, accumulate_gradients
@@ -75,8 +74,8 @@ def write_window(args, judge: Loaded, prompts: list[Example], step: int) -> tupl
 def train(args, judge: Loaded, plan: list, held_out: list[Example], folder: Path) -> dict:
     """Take one optimiser step a window of prompts; leave the best weights in the model. Returns facts."""
     model = judge.model
-    optimiser, _ = training.make_optimiser(model, args, args.steps)
-    schedule = get_constant_schedule(optimiser)  # in place of the cosine
+    # The learning rate is constant: nothing steps the schedule
+    optimiser, schedule = training.make_optimiser(model, args, args.steps)
     loss_options = judge.scores | LOSS | {"lam": args.lam}  # λ = β
     with training.Journal(args, folder, model, optimiser, schedule, args.steps) as journal:
         log = curves.read_log(folder) if journal.done else []
@@ -94,7 +93,7 @@ def train(args, judge: Loaded, plan: list, held_out: list[Example], folder: Path
             if finite:
                 optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-            log.append({"step": step, "taken": finite, "lr": args.lr, **measured, **facts})
+            log.append({"step": step, "taken": finite, "lr": schedule.get_last_lr()[0], **measured, **facts})
             if held_out and (step % rollout.EVERY == 0 or step == args.steps):
                 log[-1]["valid"] = rollout.evaluate(args, judge, held_out)
             rollout.say_collapse(log, journal.bar.write)

@@ -155,6 +155,7 @@ def test_help_begins_with_what_matters_most(lab):
         "stage1_train": "model data out epochs lora full",
         "stage2_train": "model data out epochs lora full",
     }
+    first |= {"stage3_train": "model data out lora full"}
     first |= {"gen_cot": "model data out batch-size num-cots"}
     first |= {"predict": "model data out batch-size num-cots no-cot given"}
     for script, names in first.items():

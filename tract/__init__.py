@@ -11,6 +11,7 @@ options.py      the options of the scripts, and their defaults
 runs.py         what a run leaves behind, and how it ends; settings.py: what decides its result
 examples.py     what comes before a training: data, examples, the plan of its steps
 training.py     what surrounds it: optimiser, log, state, signals
+rollout.py      what surrounds stage 3: the model's own CoTs, held-out records, the best weights
 curves.py       what it logged, drawn; card.py: the page about a checkpoint
 scores.py       what eval.py reads; report.py: what it leaves behind; page.py: report.html
 intervals.py    how far to trust a score: split conformal intervals
