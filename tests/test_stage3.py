@@ -278,7 +278,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(command, lab, monkeypatch):
     assert "--num-cots: 1 is not between 2" in lab.fail(*command, *out, "--num-cots", 1)[1]
     assert "all prompts are longer than 9 tokens" in lab.fail(*command, *out, "--max-length", 9)[1]
     code, said = lab.fail(*command, *out, "--lr", 1e38)
-    assert code == 1 and "the last step spoilt the weights; remove OUT.part, and try a lower --lr" in said
+    assert code == 1 and "out.part: the last step spoilt the weights; remove it, and try a lower --lr" in said
     monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
     code, said = lab.fail(*command, *out)
     assert (

@@ -47,7 +47,7 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
     else:
         add_sampling(parser)
     add = parser.add_argument_group("optimiser").add_argument
-    add("--lr", type=WEIGHT, help="learning rate of AdamW, its peak in stages 1 and 2")
+    add("--lr", type=WEIGHT, help="learning rate (in stages 1 and 2 its peak) of AdamW")
     add("--batch-size", type=COUNT, help="sequences on the device at a time")
     add("--weight-decay", type=WEIGHT, help="of weight matrices")
     add("--clip", type=WEIGHT, default=1.0, help="largest norm of the gradient; 0: any")

@@ -42,12 +42,12 @@ def plan_steps(prompts: list[Example], size: int, steps: int, seed: int) -> list
     return plan[:steps]
 
 
-def write_own(args, judge: Loaded, prompts: list[Example], name: str, num_cots: int) -> list[list[Cot]]:
-    """Let the model in training write CoTs for each prompt; the random numbers hang on seed, name and id.
+def write_own(args, judge: Loaded, prompts: list[Example], when: int | str, num_cots: int) -> list[list[Cot]]:
+    """Let the model in training write CoTs for each prompt; random numbers hang on seed, `when` and id.
 
     A CoT that missed the suffix gets it, in its `ids`, and its score is read after it.
     """
-    sampling = argparse.Namespace(**vars(args) | {"seed": f"{args.seed}/{name}", "num_cots": num_cots})
+    sampling = argparse.Namespace(**vars(args) | {"seed": f"{args.seed}/{when}", "num_cots": num_cots})
     records = [{"id": prompt.id} for prompt in prompts]
     ids = [list(prompt.ids) for prompt in prompts]
     check_weights(args, judge, prompts)
@@ -66,7 +66,7 @@ def check_weights(args, judge: Loaded, prompts: list[Example]) -> None:
     with autocast(args.bf16):
         expected = score(judge, [list(prompts[0].ids)])[0].expected
     if not math.isfinite(expected):
-        raise Fault("the last step spoilt the weights; remove OUT.part, and try a lower --lr")
+        raise Fault(f"{args.out}.part: the last step spoilt the weights; remove it, and try a lower --lr")
 
 
 def facts_of(cots_of_prompts: list[list[Cot]]) -> dict:
