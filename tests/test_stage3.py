@@ -233,6 +233,7 @@ def test_the_log(command, lab):
     assert [set(line) - set(names) for line in log] == also and set(names) <= set(log[0])
     assert run["kept"] == {"step": 4, "valid": log[3]["valid"]}
     assert run["valid_before"] == log[0]["valid_before"]
+    assert "On 4 held-out records, own CoTs: RMSE" in (lab.path / "out/README.md").read_text("utf-8")
     assert log[3]["valid"]["rmse"] < log[0]["valid_before"]["rmse"]
     for line in log:
         assert line["penalty"] == pytest.approx(-line["reward"], abs=1e-5) and line["loss"] != line["penalty"]
