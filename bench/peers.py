@@ -272,11 +272,14 @@ def tables(report: dict) -> str:
                 seconds = statistics.median(way["seconds"])
                 spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
                 row[1:4] = [f"{seconds:.2f}", spread, f"{task['tokens'] / seconds:.0f}"]
-                row[4] = f"{task['flops'] / seconds / cost.PEAK:.2%}" if "flops" in task else ""
+                if "flops" in task and not report["device"].startswith("CPU"):
+                    row[4] = f"{task['flops'] / seconds / cost.PEAK:.2%}"
             if "peak" in way:
                 row[5] = f"{way['peak'] / 2**30:.2f} GiB"
             rows.append(row)
         head = [task_name, "s", "times as long", "tokens/s", "of an H200's FLOPS (MFU)", "peak memory"]
+        filled = [column for column in range(len(head)) if any(row[column] for row in rows)]
+        head, *rows = [[row[column] for column in filled] for row in [head, *rows]]
         parts += [table(head, rows), task["note"]]
     return "\n".join(parts)
 
