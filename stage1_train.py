@@ -20,7 +20,7 @@ from loss import Loss, cot_raft_loss
 from tract import models, ranks, runs, training
 from tract.encode import Example, score_tokens
 from tract.examples import (
-    check_options,
+    check_training_options,
     fetch_data,
     plan_epoch,
     print_memory,
@@ -211,7 +211,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     """
     started = time.time()
     ranks.join()
-    check_options(args)
+    check_training_options(args)
     tokenizer = models.load_tokenizer(args.model)
     _, score_ids = score_tokens(tokenizer, args.grid)
     examples = read_examples(args, args.data, need, cots_of, tokenizer, score_ids)

@@ -24,7 +24,7 @@ from loss import advantages
 from stage1_train import DEFAULTS, accumulate_gradients
 from tract import curves, hub, models, ranks, rollout, runs, training
 from tract.encode import Example
-from tract.examples import check_options, print_memory, read_prompts
+from tract.examples import check_training_options, print_memory, read_prompts
 from tract.options import choose_grid, make_training_parser
 from tract.records import InputError
 from tract.runs import Fault
@@ -114,7 +114,7 @@ def main() -> None:
     if hub.trained(args.model).get("stage") != 2:
         raise InputError(f"{args.model}: stage 3 starts from p_tract; give the --out of stage 2")
     args.grid = choose_grid(args)  # p_tract's
-    check_options(args)
+    check_training_options(args)
     tokenizer = models.load_tokenizer(args.model)
     prompts = read_prompts(args, args.data, tokenizer)
     held_out = read_prompts(args, args.valid, tokenizer)  # [] without --valid

@@ -17,7 +17,7 @@ from tract.encode import Example, encode, encode_prompt, score_tokens
 from tract.records import Grid, InputError, read_records
 
 
-def check_options(args) -> None:
+def check_training_options(args) -> None:
     """Refuse an --out that is there, and options that do not go with each other or the model: InputError."""
     if not args.dry_run:
         runs.check_out(args.out)
@@ -129,7 +129,7 @@ def fetch_data(args, path: Path) -> None:
     """Run the prepare.py beside the default data where these are not there yet: they are large."""
     ranks.join()
     if not path.is_file():  # look at the rest first
-        check_options(args)
+        check_training_options(args)
         models.load_tokenizer(args.model)
         prepare = path.with_name("prepare.py")
         if not ranks.rank():

@@ -33,7 +33,7 @@ def longest_prompt(judge: Loaded, args) -> int:
     return min(args.max_length, judge.tokenizer.positions - reserve)
 
 
-def check_options(args) -> None:
+def check_writing_options(args) -> None:
     """Refuse options that do not go together with each other or with the model. Raises InputError."""
     if args.engine_args and args.engine != "vllm":
         raise InputError("--engine-args: are for --engine vllm")
@@ -46,7 +46,7 @@ def check_options(args) -> None:
 
 def read_data(args, needs: tuple[str, ...]) -> list[dict]:
     """Read the records of --data, or a share of them; check all that needs no weights. Raises InputError."""
-    check_options(args)
+    check_writing_options(args)
     records = read_records(args.data, args.grid, needs)
     suffix = args.grid.suffix.strip()
     asks_for_result = "[RESULT]" in records[0]["prompt"] and "[RESULT]" not in suffix

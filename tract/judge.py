@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from tract import hub, intervals
 from tract.encode import encode_prefix, encode_prompt
-from tract.files import check_options, has_to_sample, longest_prompt
+from tract.files import check_writing_options, has_to_sample, longest_prompt
 from tract.options import choose_grid, make_judging_parser
 from tract.records import PREDICTED, Grid, InputError, predicted, records_of, significant
 from tract.writing import Cot, Loaded, load_judge, score, write_cots
@@ -102,7 +102,7 @@ class Judge:
         args = parser.parse_args(arguments)
         args.grid = choose_grid(args)
         args.intervals = intervals.read(args)
-        check_options(args)
+        check_writing_options(args)
         self.args = args
         self.model = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
 
