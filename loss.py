@@ -151,8 +151,8 @@ def advantages(rewards: Tensor, kind: str = "leave-one-out") -> Tensor:
     if kind == "group":
         apart = rewards - rewards.mean(-1, keepdim=True)
         return (apart / (rewards.std(-1, keepdim=True) + 1e-6)).clamp(-1, 1)  # equal rewards: 0
-    others = (rewards.sum(-1, keepdim=True) - rewards) / (rewards.shape[-1] - 1)
-    return rewards - others
+    baselines = (rewards.sum(-1, keepdim=True) - rewards) / (rewards.shape[-1] - 1)  # means of the siblings
+    return rewards - baselines
 
 
 def penalty_of(

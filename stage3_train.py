@@ -24,7 +24,7 @@ from loss import advantages
 from stage1_train import DEFAULTS, accumulate_gradients
 from tract import curves, hub, models, ranks, rollout, runs, training
 from tract.encode import Example
-from tract.examples import check_training_options, print_memory, read_prompts
+from tract.examples import check_training_options, print_memory
 from tract.options import choose_grid, make_training_parser
 from tract.records import InputError
 from tract.runs import Fault
@@ -116,8 +116,8 @@ def main() -> None:
     args.grid = choose_grid(args)  # p_tract's
     check_training_options(args)
     tokenizer = models.load_tokenizer(args.model)
-    prompts = read_prompts(args, args.data, tokenizer)
-    held_out = read_prompts(args, args.valid, tokenizer)  # [] without --valid
+    prompts = rollout.load_prompts(args, args.data, tokenizer)
+    held_out = rollout.load_prompts(args, args.valid, tokenizer)  # [] without --valid
     print(f"{len(prompts)} prompts, {len(held_out) or 'none'} held out; {args.steps} steps")
     plan = rollout.plan_steps(prompts, args.prompts, args.steps, args.seed)
     folder, settings, _lock = training.begin(args)  # the lock is held until the end

@@ -122,6 +122,7 @@ def tests_of(
 
     files: of records in DATA. A test has the name of its file; on others' CoTs, see `file_of`.
     """
+    diagnosed = [file for file in files if file not in ("valid", "test_ood")]  # whose CoTs? is asked of these
     tests = {}
     for row in rows:
         command = f"predict.py --model @{row} --data"
@@ -132,11 +133,11 @@ def tests_of(
             cots = many if file == files[0] else ""
             tests[row, file] = f"{command} {data}/{file}{suffix}.jsonl {no_cot} {cots}"
         # The argument for stage 2: p_s and p_tract on annotated CoTs, p_tract on those of p_s
-        for file in files:
+        for file in diagnosed:
             before = "" if file == files[0] else f"{file}-"
-            if file != "valid" and row in ("a1", "tract"):
+            if row in ("a1", "tract"):
                 tests[row, f"{before}annotated"] = f"{command} {data}/{file}.jsonl --given cot"
-            if file != "valid" and row == "tract" and "a1" in rows:
+            if row == "tract" and "a1" in rows:
                 tests[row, f"{before}p_s"] = f"{command} @a1.{file}.jsonl --given cots"
     return tests
 

@@ -135,8 +135,8 @@ def train(args, records: list[dict]) -> tuple[dict, dict]:
     """Return the ways to train, and what is known of the step."""
     args.tokenizer = models.load_tokenizer(args.model)
     _, score_ids = writing.score_tokens(args.tokenizer, args.grid)
-    settings = (args.bf16, args.gradient_checkpointing, args.four_bit)
-    model = models.load_for_training(args.model, args.lora, settings[1], args.bf16, args.four_bit)
+    checkpointing = args.gradient_checkpointing
+    model = models.load_for_training(args.model, args.lora, checkpointing, args.bf16, args.four_bit)
     examples = [encode(args.tokenizer, record, args.grid, score_ids) for record in records]
     examples.sort(key=lambda example: len(example.ids))
     start = (len(examples) - args.batch_size) // 2
@@ -152,7 +152,8 @@ def train(args, records: list[dict]) -> tuple[dict, dict]:
         ways["TRL SFTTrainer, CE alone"] = partial(with_trainer, True, *given)
     flops = [cost.training(model.config, args.lora, False, e.start, e.n_supervised) for e in window]
     shape = (len(window), len(window[-1].ids), max(example.n_supervised for example in window))
-    peak = sum(estimate(model.config, args.lora, shape, *settings).values()) / 2**30
+    parts = estimate(model.config, args.lora, shape, args.bf16, checkpointing, args.four_bit)
+    peak = sum(parts.values()) / 2**30
     facts = {"tokens": sum(len(example.ids) for example in window), "flops": sum(flops)}
     facts["weights"] = sum(weight.nbytes for weight in model.parameters())
     facts["note"] = f"Our peak, as bench/memory.py estimates it: {peak:.2f} GiB.\n"

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from tract import hub, models, ranks, runs
 from tract.adapters import four_bit_options
-from tract.encode import Example, encode, encode_prompt, score_tokens
+from tract.encode import Example, encode
 from tract.records import Grid, InputError, read_records
 
 
@@ -65,26 +64,6 @@ def read_examples(
     too_long = [example.id for example in examples if len(example.ids) > longest]
     runs.report(too_long, f"left out, longer than {longest} tokens")
     return fitting
-
-
-def read_prompts(args, path: str | None, tokenizer) -> list[Example]:
-    """Read records whose CoTs are still to be written: examples of prompts alone; [] without a path.
-
-    Raises InputError.
-    """
-    if path is None:
-        return []
-    suffix_ids, _ = score_tokens(tokenizer, args.grid)
-    longest = min(args.max_length, tokenizer.positions - len(suffix_ids) - 3)  # a token, suffix and score fit
-    prompts = []
-    for record in read_records(path, args.grid, ("id", "prompt", "score")):
-        ids = array("i", encode_prompt(tokenizer, record["prompt"]))
-        prompts.append(Example(record["id"], ids, len(ids), len(ids), float(record["score"])))
-    too_long = [prompt.id for prompt in prompts if len(prompt.ids) > longest]
-    if len(too_long) == len(prompts):
-        raise InputError(f"{path}: all prompts are longer than {longest} tokens; raise --max-length")
-    runs.report(too_long, f"left out, longer than {longest} tokens")
-    return [prompt for prompt in prompts if len(prompt.ids) <= longest]
 
 
 def plan_epoch(examples: list[Example], size: int, name: str) -> list[list[Example]]:

@@ -1,4 +1,4 @@
-"""What surrounds stage 3: options, the model's own CoTs, held-out records, best weights. Skip at first."""
+"""What surrounds stage 3: prompts, the model's own CoTs, held-out records, best weights. Skip at first."""
 
 import argparse
 import math
@@ -10,10 +10,12 @@ from statistics import mean, stdev
 import torch
 
 from tract import runs
-from tract.encode import Example
+from tract.encode import Example, score_tokens
 from tract.examples import plan_epoch
+from tract.files import encode_prompts
 from tract.judge import read_missing_scores
 from tract.models import autocast
+from tract.records import InputError, read_records
 from tract.runs import COUNT, WEIGHT, Fault, number
 from tract.writing import Cot, Loaded, score, write_cots
 
@@ -32,6 +34,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     # So that CoTs are drawn from the model's own distribution
     parser.set_defaults(temperature=1.0, top_p=1.0, repetition_penalty=1.0)
     parser.set_defaults(warmup=0.0, save_every=EVERY, fsdp=False, dry_run=False)  # which stage 3 has not
+
+
+def load_prompts(args, path: str | None, tokenizer) -> list[Example]:
+    """Read records whose CoTs are still to be written: examples of prompts alone; [] without a path.
+
+    Raises InputError.
+    """
+    if path is None:
+        return []
+    suffix_ids, _ = score_tokens(tokenizer, args.grid)
+    longest = min(args.max_length, tokenizer.positions - len(suffix_ids) - 3)  # a token, suffix and score fit
+    records = read_records(path, args.grid, ("id", "prompt", "score"))
+    prompt_ids = encode_prompts(tokenizer, records)
+    prompts = []
+    for record in records:
+        ids = prompt_ids[record["id"]]
+        prompts.append(Example(record["id"], ids, len(ids), len(ids), float(record["score"])))
+    too_long = [prompt.id for prompt in prompts if len(prompt.ids) > longest]
+    if len(too_long) == len(prompts):
+        raise InputError(f"{path}: all prompts are longer than {longest} tokens; raise --max-length")
+    runs.report(too_long, f"left out, longer than {longest} tokens")
+    return [prompt for prompt in prompts if len(prompt.ids) <= longest]
 
 
 def plan_steps(prompts: list[Example], size: int, steps: int, seed: int) -> list[list[Example]]:
