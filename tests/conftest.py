@@ -92,10 +92,11 @@ def run(script: str, *arguments) -> None:
 
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
-    """Spare trainings their picture, half a second each, where pictures are not what is tested."""
-    if request.module.__name__ != "test_watching":
+    """Spare trainings and eval.py their picture, a second each, but in the tests of pictures."""
+    if request.node.get_closest_marker("pictures") is None:
         blank = SimpleNamespace(savefig=lambda out: None)
         monkeypatch.setattr("tract.curves.draw", lambda logs: blank)
+        monkeypatch.setattr("eval.draw", lambda common, report: b"\x89PNG")
 
 
 class Lab:

@@ -234,6 +234,7 @@ def test_what_is_no_whole_file_of_predictions_is_refused(lab):
             read(path)
 
 
+@pytest.mark.pictures
 def test_records_without_prediction_are_left_out_and_ties_are_counted(lab, monkeypatch):
     """Table, counts and figure are of the same records, in both files."""
     drawn, plot = [], Axes.plot
@@ -291,6 +292,7 @@ def test_a_killed_or_another_eval_is_in_nobodys_way(lab, monkeypatch):
     assert left.is_file()
 
 
+@pytest.mark.pictures
 def test_any_name_of_a_file_can_be_drawn(lab):
     """Formulas, escapes, a long name and letters that no font here has, without a word about it."""
     files = [lab.write(name, predictions(5)) for name in ("$a_b^$", "\\frac{$x", "評価" * 30, "long " * 45)]
@@ -320,6 +322,7 @@ class Page(HTMLParser):
 HOSTILE = "</script><script>alert(1)</script><!-- & &amp; \u2028 {{ 7 * 7 }} \x00 \r\n 評"
 
 
+@pytest.mark.pictures
 def test_the_page_holds_tables_figure_and_records_and_text_stays_text(lab):
     """Read the page as a browser does: what is in it equals what was printed, drawn and given."""
     rows = predictions(6)

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from tract import curves, hub, training
 from tract.card import card
 
+pytestmark = pytest.mark.pictures
 PNG = b"\x89PNG\r\n"
 ODD = "a: 'b' \"c\" {d} # é\n---\n- 日本"
 RUN = {
