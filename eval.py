@@ -7,6 +7,7 @@ prediction (CoT-RAIL) and the decoded score. Several files are compared with the
 share and the same resamples. Records without score or prediction are left out and counted. Where records
 have the `ratings` of several people, each rater, and the judge in a rater's place, is compared with the mean
 of the others. It also measures how far a prediction may be off, for predict.py --intervals (docs/trust.md).
+With --pairs it decides pairs of responses by their scores instead, and writes metrics.json alone.
 
     pearson, spearman, kendall, rmse, mae
     spread        standard deviation of the predictions over that of the true scores
@@ -120,18 +121,18 @@ def draw_resamples(groups: list, resamples: int, seed: int) -> Iterator[np.ndarr
     groups: which group each record is of (n,). Whole groups are drawn: records of one are alike, and would
     be counted as more evidence than they are. A record that is alike to no other is a group of its own.
     """
-    members = {}  # group → indices of its records
+    indices_of = {}  # group → indices of its records
     for index, group in enumerate(groups):
-        members.setdefault(group, []).append(index)
-    members = [np.array(indices) for indices in members.values()]
+        indices_of.setdefault(group, []).append(index)
+    members = [np.array(indices) for indices in indices_of.values()]
     yield np.arange(len(groups))
     random = np.random.default_rng(seed)
     for _ in range(resamples):  # one at a time: all together would take gigabytes
-        numbers = random.integers(0, len(members), len(members))
+        drawn = random.integers(0, len(members), len(members))  # which groups
         if len(members) == len(groups):
-            yield numbers
+            yield drawn
         else:
-            yield np.concatenate([members[number] for number in numbers])
+            yield np.concatenate([members[number] for number in drawn])
 
 
 def bootstrap(file: Predictions, kind: str, picks: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
@@ -227,11 +228,11 @@ def main() -> None:
     runs.check_out(args.out)
     if len(set(args.predictions)) < len(args.predictions):
         raise InputError("the same prediction file is given twice; give each once")
+    if args.pairs and args.group:
+        raise InputError("--group: pairs are resampled as they are; leave it away with --pairs")
     files = {}
     for path in args.predictions:
         files[path] = read_predictions(path, args.grid, args.cots, args.renormalise)
-    if args.pairs and args.group:
-        raise InputError("--group: pairs are resampled as they are; leave it away with --pairs")
     if args.pairs:
         write(args.out, pairs.evaluate(files, args.resamples, args.seed, interval_of=interval))
         return

@@ -10,15 +10,20 @@ score is"); one that ends otherwise is marked as not `finished`, and stage 2 lea
 After an interruption the same command goes on. The sampling is tract/writing.py, the files tract/files.py.
 """
 
-from tract import runs
+from tract import hub, runs
 from tract.files import Output, encode_prompts, read_data
 from tract.options import choose_grid, make_writing_parser
+from tract.records import InputError
 from tract.writing import load_judge, write_cots
 
 
 def main() -> None:
-    parser = make_writing_parser(__doc__, model="out/stage1", data="train.jsonl", out="out/cots.jsonl")
+    parser = make_writing_parser(__doc__, model="out/stage1", data=None, out="out/cots.jsonl")
     args = parser.parse_args()
+    if args.data is None:
+        args.data = hub.trained(args.model).get("data")  # the records that p_s was trained on
+        if args.data is None:
+            raise InputError(f"{args.model}: was not trained here; say with --data what to write CoTs for")
     args.grid = choose_grid(args)  # a Grid: that of --grid, else the one that p_s was trained on
     output = Output(args)
     records = read_data(args, needs=("id", "prompt", "score"))
@@ -27,12 +32,13 @@ def main() -> None:
     lengths = {id: len(prompt) for id, prompt in prompts.items()}
     output.begin(p_s, records, lengths)  # drops what is too long, goes on after the records already written
     for chunk in output.chunks():
-        # Swallows that memory runs out: chunks() then gives this chunk again, with half as many CoTs at once
+        # If memory runs out in here, the error ends here: chunks() yields this chunk again, for half as many
+        # CoTs at a time
         with output.halving():
             chunk_prompts = [prompts[record["id"]].tolist() for record in chunk]
-            # The random numbers of a CoT hang on the id of its record
-            written = write_cots(p_s, chunk, chunk_prompts, args, output.at_once)
-            for record, cots in zip(chunk, written, strict=True):
+            # The random numbers of a CoT depend on --seed and the id of its record alone
+            chunk_cots = write_cots(p_s, chunk, chunk_prompts, args, output.at_once)
+            for record, cots in zip(chunk, chunk_cots, strict=True):
                 # What p_s would give as a score (cot.scores) is dropped; the record keeps its true score
                 fields = {
                     "cots": [cot.text for cot in cots],

@@ -39,7 +39,7 @@ def rail(logits: Tensor, *, score_ids: Tensor, score_values: Tensor) -> Rail:
 
 class Loss(NamedTuple):
     total: Tensor  # ce_weight · ce + lam · penalty, with gradient
-    ce: Tensor  # mean cross-entropy per token (with ce_sum per sequence), detached
+    ce: Tensor  # mean cross-entropy per token (with ce_sum per sequence), times `weights`; detached
     penalty: Tensor  # mean penalty per sequence, by default the squared error, detached
 
 
@@ -78,7 +78,7 @@ def cot_raft_loss(
                   none     there is no CE, as in the authors' code
     score_weight, ce_sum, n_tokens, n_sequences
                   what the CE is a mean over: see `mean_ce`
-    weights       (R,)  of the CE at each position, as `advantages` makes them for stage 3; None: all 1
+    weights       (R,)  of the CE at each position: in stage 3 the advantage of its CoT; None: all 1
 
     Worked example: one sequence, V = 4, scores 1 and 5 are the tokens 2 and 3, y* = 5. One CoT token has
     probability .5, the logits of the score are log [.1, .1, .2, .6]. CE = (ln 2 − ln .6) / 2 = .602, squared
@@ -95,7 +95,8 @@ def cot_raft_loss(
         nll = weights * nll
     if n_sequences is None:
         n_sequences = len(y)
-    ce = mean_ce(nll, is_score, score_ce != "none", score_weight, ce_sum, n_tokens, n_sequences)
+    divisors = {"ce_sum": ce_sum, "n_tokens": n_tokens, "n_sequences": n_sequences}
+    ce = mean_ce(nll, is_score, with_scores=score_ce != "none", score_weight=score_weight, **divisors)
     penalties = penalty_of(penalty, logits_at_score, y, score_ids, score_values)  # (B,)
     mean_penalty = penalties.sum() / max(n_sequences, 1)
     return Loss(ce_weight * ce + lam * mean_penalty, ce.detach(), mean_penalty.detach())
@@ -110,10 +111,10 @@ def mean_ce(
     n_tokens: int | None,
     n_sequences: int,
 ) -> Tensor:
-    """Return the CE as one number, of the CE at each position.
+    """Return the mean of the CE at all positions.
 
     nll           (R,)  negative log-likelihoods
-    with_scores   False: the score's position has no CE
+    with_scores   False: the score's position has no CE, and score_weight is None
     score_weight  None: the score is one token among those of its CoT
                   w: its CE has a divisor of its own, CE = Σ_CoT / n_tokens + w · Σ_score / n_sequences,
                   where n_tokens counts the scores, too. With ce_sum both divisors are n_sequences
@@ -123,15 +124,17 @@ def mean_ce(
                   tokens with CE and sequences of the whole optimiser step. Sums are divided by these, so that
                   the losses of its batches add up to that of the step. By default this batch is counted
     """
+    counted = nll
     if not with_scores:
-        nll = nll[~is_score]  # (R − B,)
+        counted = nll[~is_score]  # (R − B,)
     if n_tokens is None:
-        n_tokens = len(nll)
-    divisor = max(n_sequences if ce_sum else n_tokens, 1)  # a batch may hold no CE token, its CE is then 0
+        n_tokens = len(counted)
+    divisor = n_sequences if ce_sum else n_tokens
+    divisor = max(divisor, 1)  # a batch may hold no CE token, its CE is then 0
     if score_weight is None:
-        return nll.sum() / divisor
-    # Without CE at the score there is nothing to weigh: the scripts refuse that
-    return nll[~is_score].sum() / divisor + score_weight * nll[is_score].sum() / max(n_sequences, 1)
+        return counted.sum() / divisor
+    score_term = nll[is_score].sum() / max(n_sequences, 1)
+    return nll[~is_score].sum() / divisor + score_weight * score_term
 
 
 def advantages(rewards: Tensor, kind: str = "leave-one-out") -> Tensor:
@@ -160,7 +163,7 @@ def penalty_of(
 ) -> Tensor:
     """Return what λ weighs, (B,): how far each score distribution is from its true score y.
 
-    Where raters of the same response disagree on y, each is least for another distribution p:
+    Where raters of the same response disagree on y, each penalty has its minimum at another p:
 
     squared  (Σ_v p(v) · v − y)², RAFT's. Least where the expected score is the mean of y. Mass off the grid
              counts as a score of 0.
@@ -198,6 +201,7 @@ def two_hot(true_scores: Tensor, score_values: Tensor) -> Tensor:
 
     Worked example: on the grid 1, 5 a true score of 4 becomes (.25, .75); on the grid 1, 3, 5, (0, .5, .5).
     """
+    score_values = score_values.to(true_scores.dtype)
     # The neighbour on the right: the first grid point ≥ y, but not the very first, which has none on its left
     right = torch.searchsorted(score_values, true_scores).clamp(1, len(score_values) - 1)  # (B,)
     left = right - 1

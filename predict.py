@@ -19,8 +19,8 @@ from tract.writing import load_judge, write_cots
 
 def main() -> None:
     args = make_judging_parser(__doc__).parse_args()
-    args.grid = choose_grid(args)
-    args.intervals = intervals.read(args)
+    args.grid = choose_grid(args)  # a Grid: that of --grid, else the one that the judge was trained on
+    args.intervals = intervals.read(args)  # what was measured in the file --intervals; None without
     output = Output(args)
     records = read_data(args, needs=NEEDS[args.given])
     judge = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
@@ -35,7 +35,8 @@ def main() -> None:
 
     output.begin(judge, records, lengths)
     for chunk in output.chunks():
-        # Swallows that memory runs out: chunks() then gives this chunk again, with half as many CoTs at once
+        # If memory runs out in here, the error ends here: chunks() yields this chunk again, for half as many
+        # CoTs at a time
         with output.halving():
             chunk_prompts = [prompts[record["id"]].tolist() for record in chunk]
             if samples_cots:

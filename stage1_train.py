@@ -42,14 +42,14 @@ PAPER = {
     "warmup": 0.1,
     "weight_decay": 0.0,
     "gradient_checkpointing": True,
-    "lora": None,  # all weights are trained
+    "lora": 8,
 }
 DEFAULTS = {
-    "any other": PAPER,  # for every model that is not named here
-    "mistral-7b": PAPER | {"lora": 8},
-    "llama-3.1-8b": PAPER | {"lora": 8},
-    "prometheus-2-7b": PAPER | {"lora": 8},
-    "qwen3-8b": PAPER | {"lora": 8},
+    "mistral-7b": PAPER,
+    "llama-3.1-8b": PAPER,
+    "prometheus-2-7b": PAPER,
+    "qwen3-8b": PAPER,
+    "any other": PAPER | {"lora": None},  # all other models: all weights are trained
     "data/tiny/seed": {  # the embedded task
         "data": "data/tiny/train.jsonl",
         "lr": 1e-3,
@@ -113,6 +113,7 @@ def loss_in_parts(model, states: Tensor, batch: dict, loss_options: dict, bf16: 
     size = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
     for start in range(0, len(states), size):
         positions = slice(start, start + size)
+        # All but these two, which the decoder used, are arguments of cot_raft_loss: (r,) each
         labels = {name: x[positions] for name, x in batch.items() if name not in ("ids", "supervised")}
         with autocast(bf16):
             # (r, V); those of the score tokens are computed in fp32, for bf16 would blur their distribution
@@ -131,7 +132,8 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, args)
     n_tokens = sum(example.n_supervised for example in window)
     if args.score_ce == "none":  # CE then skips the score of each sequence
         n_tokens -= len(window)
-    loss_options = {"n_tokens": n_tokens, "n_sequences": len(window)} | loss_options
+    divisors = {"n_tokens": n_tokens, "n_sequences": len(window)}
+    loss_options = divisors | loss_options  # stage 3 gives n_sequences: some of its CoTs are two examples
     sums = torch.zeros(3, device=device())
     for micro_batch in ranks.micro_batches(window, args.batch_size):
         batch = collate(micro_batch)
@@ -149,7 +151,7 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, args)
     return sums
 
 
-def train(args, model, plan: list[list], held_out: list[Example], loss_options: dict, folder: Path) -> int:
+def train(args, model, plan: list[list], held_out: list[Example], loss_options: dict, folder: Path):
     """Take one optimiser step for each window of examples in the plan, and log it to folder/log.jsonl.
 
     loss_options: arguments of cot_raft_loss that are the same for every batch. Where an earlier run left a
@@ -228,15 +230,14 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
         show_example(args, tokenizer, examples[0], score_ids)
         return
 
-    # Seed model → p_s (stage 1) or p_tract (stage 2)
     part_folder, settings, _lock = training.begin(args)  # the lock is held until the end
     # The folder gets its name at the very end; an earlier run may have been killed just before that
     if training.finish_if_whole(part_folder, args.out):
         return
     torch.manual_seed(args.seed)
-    model = models.load_for_training(
-        args.model, args.lora, args.gradient_checkpointing, args.bf16, args.four_bit
-    )
+    checkpointing = args.gradient_checkpointing
+    # Seed model → p_s (stage 1) or p_tract (stage 2)
+    model = models.load_for_training(args.model, args.lora, checkpointing, args.bf16, args.four_bit)
     if args.fsdp:
         ranks.spread(model)
     print_memory(model)
@@ -246,8 +247,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     try:
         speed = train(args, model, plan, held_out, loss_options, part_folder)
     except torch.OutOfMemoryError:
-        remedy = "lower --batch-size or --max-length, or use --lora"
-        raise Fault(f"{part_folder}: out of memory; {remedy}") from None
+        raise Fault(f"{part_folder}: out of memory; lower --batch-size, or use --lora") from None
     facts = {"examples": len(examples), "tokens": tokens, "tokens_per_second": speed}
     training.save_checkpoint(args, model, tokenizer, part_folder, settings, started, facts)
 
@@ -258,7 +258,7 @@ def main() -> None:
     add("--no-cot", action="store_true", help="train on the score alone, without any CoT")
     args = parser.parse_args()
     default_data = Path(parser.get_default("data")).resolve()  # of this --model
-    if Path(args.data).resolve() == default_data:  # fetched if missing, and beside valid.jsonl
+    if Path(args.data).resolve() == default_data:  # has valid.jsonl beside it; both are fetched where missing
         args.valid = args.valid or str(default_data.with_name("valid.jsonl"))
         fetch_data(args, default_data)
     args.grid = choose_grid(args)

@@ -25,7 +25,7 @@ def main() -> None:
         what = f"{args.model}: the checkpoint of stage {stage}, but stage 2 starts from the seed model"
         raise InputError(f"{what}; give that, or --continue-from-stage1 (ablation A.4)")
     args.grid = choose_grid(args)  # that of --grid, else 1 to 5; with A.4, that of p_s
-    shortened = set()  # ids of records that lost a CoT; cots_of fills it while run_stage reads the data
+    shortened = []  # ids of records that lost a CoT; cots_of fills it while run_stage reads the data
 
     def cots_of(record: dict) -> list[str]:
         """Return the CoTs of a record to train on; where one is left out, its id goes into `shortened`."""
@@ -35,8 +35,8 @@ def main() -> None:
         for cot, finished in zip(record["cots"], record["finished"], strict=True):
             if finished or args.keep_unfinished:
                 cots.append(cot)
-            else:
-                shortened.add(record["id"])
+        if len(cots) < len(record["cots"]):
+            shortened.append(record["id"])
         return cots
 
     run_stage(args, ("id", "prompt", "score", "cots", "finished"), cots_of)

@@ -9,14 +9,15 @@ loss.py), and the squared error flows through the expected score ŷ_i after it, 
     1/K Σ_i (−A_i log p(CoT_i | x) + β (ŷ_i − y*)²)        cot_raft_loss with the weights A, and λ = β
 
 With β = 1 its gradient is an unbiased estimate of that of E[(ŷ − y*)²] over the model's own CoTs. For that
-they have to be drawn from p itself: temperature, top_p and repetition penalty are 1 by default. Of REAL's
-reward, −(ŷ − y*)² + λ log p(y* | x, CoT), this is λ = 0. Every 10 steps held-out records (--valid) are judged
+they have to be drawn from p itself: temperature, top_p and repetition penalty are 1 by default. REAL's reward
+also has a multiple of log p(y* | x, CoT), here left out. Every 10 steps held-out records (--valid) are judged
 on CoTs of the model's own; --out gets the weights with the lowest RMSE there, maybe those before training.
 """
 
 import math
 import time
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -25,7 +26,7 @@ from stage1_train import DEFAULTS, accumulate_gradients
 from tract import curves, hub, models, ranks, rollout, runs, training
 from tract.encode import Example
 from tract.examples import check_training_options, print_memory
-from tract.options import choose_grid, make_training_parser
+from tract.options import choose_grid
 from tract.records import InputError
 from tract.runs import Fault
 from tract.writing import Cot, Loaded, load_judge, random_numbers
@@ -47,36 +48,39 @@ def rewards_of(args, step: int, prompt: Example, cots: list[Cot]) -> torch.Tenso
 def examples_of(prompt: Example, cot: Cot, advantage: float) -> list[Example]:
     """Return what to train on for a CoT: A weighs all tokens that were sampled, and none that was forced."""
     start = len(prompt.ids)
-    text = [*cot.ids, 0]  # in place of the score any token will do: its distribution alone is looked at
+    score_at = len(cot.ids)
+    with_score = [*cot.ids, 0]  # any token will do as the score: only its distribution is looked at
     if cot.ids[start:] == cot.sampled:
-        return [prompt._replace(ids=text, start=start, score_position=len(cot.ids), weight=advantage)]
-    # The suffix was forced, or the text is not encoded as it was sampled. So one example for the policy, with
-    # no score in it (a sampled end of sequence is, though), and one for the score, with no other token
+        return [prompt._replace(ids=with_score, start=start, score_position=score_at, weight=advantage)]
+    # The suffix was forced, or the text is not encoded as it was sampled. So one example carries the policy
+    # term (its score lies beyond its end, where collate supervises nothing), and another the score
     sampled = [*prompt.ids, *cot.sampled]
     policy = prompt._replace(ids=sampled, start=start, score_position=len(sampled), weight=advantage)
-    return [policy, prompt._replace(ids=text, start=len(cot.ids), score_position=len(cot.ids))]
+    score = prompt._replace(ids=with_score, start=score_at, score_position=score_at)
+    return [policy, score]
 
 
 def write_window(args, judge: Loaded, prompts: list[Example], step: int) -> tuple[list[Example], dict]:
     """Return the examples of a step, and what its line in log.jsonl says of their CoTs."""
     groups = rollout.write_own(args, judge, prompts, step, args.num_cots)
-    pairs = zip(prompts, groups, strict=True)
-    rewards = torch.stack([rewards_of(args, step, prompt, cots) for prompt, cots in pairs])  # (prompts, K)
-    weights = advantages(rewards, args.advantage)
     window = []
-    for prompt, cots, row in zip(prompts, groups, weights.tolist(), strict=True):
-        for cot, weight in zip(cots, row, strict=True):
-            window += examples_of(prompt, cot, weight)
-    facts = {"reward": float(rewards.mean()), "advantage": float(weights.abs().mean())}
-    return window, facts | rollout.facts_of(groups)
+    rewards = []
+    sizes = []  # |A| of each CoT
+    for prompt, cots in zip(prompts, groups, strict=True):
+        rewards_of_prompt = rewards_of(args, step, prompt, cots)  # (K,)
+        rewards += rewards_of_prompt.tolist()
+        for cot, advantage in zip(cots, advantages(rewards_of_prompt, args.advantage).tolist(), strict=True):
+            window += examples_of(prompt, cot, advantage)
+            sizes.append(abs(advantage))
+    return window, {"reward": mean(rewards), "advantage": mean(sizes), **rollout.facts_of(groups)}
 
 
 def train(args, judge: Loaded, plan: list, held_out: list[Example], folder: Path) -> dict:
-    """Take one optimiser step a window of prompts; leave the best weights in the model. Returns facts."""
+    """Take a step a window of prompts; leave the weights best on `held_out` in the model. Returns facts."""
     model = judge.model
     # The learning rate is constant: nothing steps the schedule
     optimiser, schedule = training.make_optimiser(model, args, args.steps)
-    loss_options = judge.scores | LOSS | {"lam": args.lam}  # λ = β
+    loss_options = judge.score_tensors | LOSS | {"lam": args.lam}  # λ = β
     with training.Journal(args, folder, model, optimiser, schedule, args.steps) as journal:
         log = curves.read_log(folder) if journal.done else []
         rollout.keep_best(folder, model, journal.done, log, held_out)
@@ -104,10 +108,7 @@ def train(args, judge: Loaded, plan: list, held_out: list[Example], folder: Path
 
 
 def main() -> None:
-    defaults = {name: d | LOSS | {"lr": 1e-5 if d["lora"] else 1e-6} for name, d in DEFAULTS.items()}
-    parser = make_training_parser(__doc__, stage=3, defaults=defaults)
-    rollout.add_options(parser)
-    args = parser.parse_args()
+    args = rollout.read_options(__doc__, DEFAULTS, LOSS)
     started = time.time()
     if torch.distributed.is_torchelastic_launched():
         raise InputError("stage 3 runs in one process: start it with python, not with torchrun")

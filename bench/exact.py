@@ -49,8 +49,8 @@ def compare(args, records: list[dict], grid: Grid) -> None:
             writing.score(judge, texts)
         hidden = torch.cat([call.args[1] for call in spy.call_args_list])
         for name, head in heads.items():
-            logits = head(judge.model, hidden, judge.scores["score_ids"])
-            probs[name] = rail(logits, **judge.scores).probs.double()
+            logits = head(judge.model, hidden, judge.score_tensors["score_ids"])
+            probs[name] = rail(logits, **judge.score_tensors).probs.double()
     values = torch.tensor(grid.values, dtype=torch.float64)
     exact = probs["fp32 throughout"]
     wanted = exact @ values / exact.sum(1)

@@ -200,7 +200,7 @@ def judge(args, records: list[dict], num_cots: int) -> tuple[dict, dict]:
         probs = []
         for text in texts:
             logits = loaded.model(torch.tensor([text], device=models.device())).logits[0, -1]
-            probs.append(logits.float().softmax(-1)[loaded.scores["score_ids"]].tolist())
+            probs.append(logits.float().softmax(-1)[loaded.score_tensors["score_ids"]].tolist())
         return {"probs": normalised(probs)}
 
     facts = {"tokens": sum(map(len, written.values())), "note": ""}

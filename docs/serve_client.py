@@ -25,6 +25,10 @@ def main() -> None:
     trained = hub.trained(folder)  # its run.json
     if not trained:
         raise records.InputError(f"{folder}: no run.json of this repository; give the --out of a training")
+    if hub.is_four_bit(folder):
+        raise records.InputError(
+            f"{folder}: was trained on a base in 4 bits, served it is not; use predict.py"
+        )
     grid = records.Grid.parse(trained["grid"], trained["suffix"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     _, score_ids = encode.score_tokens(tokenizer, grid)
@@ -35,9 +39,8 @@ def main() -> None:
     for record in records.read_records(data, grid):
         prompt = encode.encode_prompt(tokenizer, record["prompt"])
         cot = complete(url, prompt, stop=stop, **sampling)
-        ids = encode.encode_prefix(
-            tokenizer, prompt, cot["text"], grid
-        )  # prompt, CoT, suffix, as in training
+        # Prompt, CoT and suffix, as in training
+        ids = encode.encode_prefix(tokenizer, prompt, cot["text"], grid)
         found = complete(url, ids, max_tokens=1, **wanted)["logprobs"]["top_logprobs"][0]
         probs = [math.exp(found[f"token_id:{id}"]) for id in score_ids]  # over the whole vocabulary
         record["prediction"], record["decoded"] = records.predicted([probs], grid)

@@ -30,7 +30,7 @@ def how(**more):
 def plain(judge: Loaded, ids: list[int]) -> tuple[torch.Tensor, Rail]:
     """Return logits and the last score distribution by a pass with no cache and no padding."""
     logits = judge.model(torch.tensor([ids])).logits[0]
-    return logits, rail(logits[-1], **judge.scores)
+    return logits, rail(logits[-1], **judge.score_tensors)
 
 
 def judged(lab, judge: Loaded, data: Path, *options) -> list[dict]:

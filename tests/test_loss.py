@@ -36,6 +36,7 @@ def test_worked_examples():
 def test_worked_examples_of_two_hot_and_the_penalties():
     three, four = torch.tensor([1.0, 3, 5]), torch.tensor([4.0])
     assert two_hot(four, TWO["score_values"]).tolist() == [[0.25, 0.75]]
+    assert two_hot(four, torch.tensor([1, 5])).tolist() == [[0.25, 0.75]]  # whole numbers are values, too
     assert two_hot(torch.tensor([4.0, 1, 3, 5]), three).tolist() == [[0, 0.5, 0.5], *torch.eye(3).tolist()]
     found = [penalty_of(kind, torch.tensor([AT_SCORE]), four, **TWO) for kind in ("squared", "rps", "ntl")]
     assert torch.cat(found).tolist() == pytest.approx([0.64, 0, 1.5], abs=1e-6)

@@ -23,7 +23,8 @@ def test_own_records_go_through_every_stage_on_another_grid(mistral_tokenizer, l
     two = ["--max-new-tokens", 12, "--num-cots", 2]
     lab.run("stage1_train", *seed, *data, *grid, *few, "--out", path / "p_s")
     assert "λ = 1 weighs as much as 625 on 1 to 5; --lambda 0.0016" in lab.capsys.readouterr().out
-    lab.run("gen_cot", "--model", path / "p_s", *data, *two, "--out", path / "cots.jsonl")
+    # Without --data it writes CoTs for the records that p_s was trained on
+    lab.run("gen_cot", "--model", path / "p_s", *two, "--out", path / "cots.jsonl")
     cots = ["--data", path / "cots.jsonl", "--valid", path / "cots.jsonl", "--keep-unfinished"]
     lab.run("stage2_train", *seed, *cots, *grid, *few, "--out", path / "p_tract")
     judge = ["predict", "--model", path / "p_tract", "--data", lab.write("mine.jsonl", rows), *two]

@@ -72,7 +72,7 @@ def expected_reward(judge, cots, flat: bool) -> tuple:
 
 def gradient(judge, window: list[Example], **options) -> torch.Tensor:
     judge.model.zero_grad()
-    accumulate_gradients(judge.model, window, judge.scores | stage3_train.LOSS | options, ARGS)
+    accumulate_gradients(judge.model, window, judge.score_tensors | stage3_train.LOSS | options, ARGS)
     return torch.cat([w.grad.flatten() for w in judge.model.parameters()])
 
 
@@ -265,10 +265,13 @@ def test_with_adapters_in_bf16_and_with_checkpointing(command, lab):
     lab.run(*command, *one, lab.path / "plain")
     lab.run(*command, *one, lab.path / "recomputed", "--gradient-checkpointing")
     command.remove("--fp32")
+    at = command.index("--lr")
+    del command[at : at + 2]
     lab.run(*command, *one, lab.path / "bf16", "--gradient-checkpointing", "--bf16")
     plain, recomputed, bf16 = [lab.read(f"{name}/log.jsonl")[0] for name in ("plain", "recomputed", "bf16")]
     for name in plain.keys() - {"valid", "valid_before"}:
         assert recomputed[name] == pytest.approx(plain[name], rel=1e-4)
+    assert bf16["lr"] == 1e-5  # the default for adapters
     assert bf16["penalty"] != plain["penalty"] and bf16["penalty"] == pytest.approx(plain["penalty"], rel=0.1)
 
 

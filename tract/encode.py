@@ -19,14 +19,15 @@ PLACEHOLDER = "§PROMPT§"  # stands for the prompt where a chat template is ren
 # Some templates write today's date, which would make prompts of training and prediction differ
 DATE = "26 Jul 2024"  # what such a template gets as its variable `date_string`
 # Put before a template, this stands in for the function strftime_now that some call
-SAME_DATE = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro %}\n"
+SAME_DATE = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro %}\n"  # drops this newline itself
 
 
 class Example(NamedTuple):  # one training sequence
     id: str
-    ids: array  # int32
+    ids: array  # int32; in stage 3 a list
     start: int  # the tokens from here on carry loss, those before are the prompt
-    score_position: int  # index of the score token in `ids`; the logits one before it predict the score
+    score_position: int  # index of the score token in `ids`; the logits one before it predict the score.
+    # In stage 3, beyond the end where there is none
     score: float  # the real-valued target of the squared error
     weight: float = 1.0  # of its CE; in stage 3, by how much its CoT did better than its siblings
 
@@ -63,8 +64,8 @@ def encode_target(tokenizer, cot: str, score_token: str, suffix: str) -> list[in
 
 def encode_prefix(tokenizer, prompt_ids: list[int], cot: str, grid: Grid) -> list[int]:
     """Return the ids up to the position that predicts the score: prompt, CoT ("" for none) and suffix."""
-    some_score = grid.tokens[0]  # it is cut off again
-    return prompt_ids + encode_target(tokenizer, cot, some_score, grid.suffix)[:-1]
+    target = encode_target(tokenizer, cot, grid.tokens[0], grid.suffix)
+    return prompt_ids + target[:-1]  # without the score, whichever it is
 
 
 def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
@@ -93,7 +94,7 @@ def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
     if len(first) < 2:  # the score alone: neither CoT nor suffix left a token
         raise InputError(f"{name}: its tokenizer knows no word of the suffix; is it the model's own?")
     cot_ids = encode_text(tokenizer, cot)
-    # The suffix begins where the CoT alone stops being the same, one token early if its last one has merged
+    # Skip the tokens that the CoT has without a suffix, too; its last one may have melted into the suffix
     n_shared = 0
     while n_shared < len(cot_ids) and cot_ids[n_shared] == first[n_shared]:
         n_shared += 1

@@ -100,8 +100,8 @@ def say_what_lambda_weighs(grid: Grid, lam: float, penalty: str) -> None:
     width = grid.values[-1] - grid.values[0]
     if lam and width != 4:
         scale = (4 / width) ** 2 if penalty == "squared" else 4 / width
-        weight = f"λ = {lam:g} weighs as much as {lam / scale:g} on 1 to 5"
-        print(f"the grid is {width:g} wide: {weight}; --lambda {scale:.2g} would weigh as much as 1")
+        weight = f"λ = {lam:g} weighs as much as {lam / scale:.3g} on 1 to 5"
+        print(f"the grid is {width:g} wide: {weight}; --lambda {scale:.3g} would weigh as much as 1")
 
 
 def fetch_data(args, path: Path) -> None:

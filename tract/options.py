@@ -47,7 +47,7 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
     else:
         add_sampling(parser)
     add = parser.add_argument_group("optimiser").add_argument
-    add("--lr", type=WEIGHT, help="learning rate (in stages 1 and 2 its peak) of AdamW")
+    add("--lr", type=WEIGHT, help="peak learning rate (in stage 3 1e-6, for adapters 1e-5) of AdamW")
     add("--batch-size", type=COUNT, help="sequences on the device at a time")
     add("--weight-decay", type=WEIGHT, help="of weight matrices")
     add("--clip", type=WEIGHT, default=1.0, help="largest norm of the gradient; 0: any")
@@ -68,9 +68,9 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
 def add_loss(parser: argparse.ArgumentParser) -> None:
     """Add the options of the loss in stages 1 and 2."""
     add = parser.add_argument_group("loss: ce-weight · CE + λ · penalty, as in loss.py").add_argument
-    add("--lambda", dest="lam", type=WEIGHT, default=1.0, help="λ, weight of the penalty; 0 leaves CE")
+    add("--lambda", dest="lam", type=WEIGHT, default=1.0, help="λ, weight of the penalty; 0: CE only")
     add("--penalty", choices=("squared", "rps", "ntl"), default="squared", help="distance to the true score")
-    add("--ce-weight", type=WEIGHT, default=1.0, help="weight of the CE; 0 leaves the penalty alone")
+    add("--ce-weight", type=WEIGHT, default=1.0, help="weight of the CE; 0: the penalty only")
     add("--score-ce", choices=("token", "two-hot", "none"), default="token", help="what CE sees at the score")
     add("--score-weight", type=WEIGHT, help="weight of the CE at the score, as λ's; None: one token's share")
     add("--ce-sum", action="store_true", help="sum CE over a sequence, as the formula; else mean of tokens")
@@ -108,15 +108,12 @@ def defaults_of(model: str, defaults: dict[str, dict]) -> dict:
     return defaults["any other"]
 
 
-def make_writing_parser(description: str, model: str, data: str, out: str) -> argparse.ArgumentParser:
-    """Make the options of gen_cot.py and predict.py, with these defaults of --model, --data and --out.
-
-    Its `source_of_cots` is the group of --num-cots and what excludes it.
-    """
+def make_writing_parser(description: str, model: str, data: str | None, out: str) -> argparse.ArgumentParser:
+    """Make the options of gen_cot.py and predict.py; `source_of_cots` is the group that --num-cots is in."""
     parser = make_parser(description)
     add = parser.add_argument  # what matters most comes first, in no group
     add("--model", default=model, help=f"checkpoint folder, hub id or one of {', '.join(hub.MODELS)}")
-    add("--data", default=str(ROOT / "data/tiny" / data), help="JSONL file of records")
+    add("--data", default=data, help="JSONL file of records; None: those that --model was trained on")
     add("--out", type=Path, default=Path(out), help="JSONL file to write")
     add("--batch-size", type=COUNT, default=32, help="sequences at a time; halved when memory runs out")
     parser.source_of_cots = parser.add_mutually_exclusive_group()
@@ -133,7 +130,8 @@ def make_writing_parser(description: str, model: str, data: str, out: str) -> ar
 
 def make_judging_parser(description: str) -> argparse.ArgumentParser:
     """Make the options of predict.py, which Judge has as well."""
-    parser = make_writing_parser(description, "out/stage2", "test.jsonl", "out/predictions.jsonl")
+    data = str(ROOT / "data/tiny/test.jsonl")
+    parser = make_writing_parser(description, "out/stage2", data, "out/predictions.jsonl")
     add = parser.source_of_cots.add_argument  # the group of --num-cots: they exclude each other
     add("--no-cot", action="store_true", help="write no CoT: plain RAIL")
     add("--given", choices=("cot", "cots"), help="score the CoTs in this field, write none")

@@ -15,6 +15,7 @@ from tract.examples import plan_epoch
 from tract.files import encode_prompts
 from tract.judge import read_missing_scores
 from tract.models import autocast
+from tract.options import make_training_parser
 from tract.records import InputError, read_records
 from tract.runs import COUNT, WEIGHT, Fault, number
 from tract.writing import Cot, Loaded, score, write_cots
@@ -22,7 +23,13 @@ from tract.writing import Cot, Loaded, score, write_cots
 EVERY = 10  # steps after which held-out records are judged, the state is saved, a collapse looked for
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def read_options(description: str, defaults: dict[str, dict], loss: dict) -> argparse.Namespace:
+    """Read the options of stage 3; `loss` is among them, for accumulate_gradients looks there.
+
+    defaults: those of stage 1, by model.
+    """
+    defaults = {model: settings | loss | {"lr": None} for model, settings in defaults.items()}
+    parser = make_training_parser(description, stage=3, defaults=defaults)
     add = parser.add_argument_group("stage 3").add_argument
     add("--num-cots", type=number(int, 2), default=4, help="CoTs a prompt (K)")
     add("--prompts", type=COUNT, default=8, help="prompts an optimiser step")
@@ -34,6 +41,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     # So that CoTs are drawn from the model's own distribution
     parser.set_defaults(temperature=1.0, top_p=1.0, repetition_penalty=1.0)
     parser.set_defaults(warmup=0.0, save_every=EVERY, fsdp=False, dry_run=False)  # which stage 3 has not
+    args = parser.parse_args()
+    if args.lr is None:  # adapters take ten times as much, as in REAL's paper
+        args.lr = 1e-5 if args.lora else 1e-6
+    return args
 
 
 def load_prompts(args, path: str | None, tokenizer) -> list[Example]:
@@ -50,7 +61,8 @@ def load_prompts(args, path: str | None, tokenizer) -> list[Example]:
     prompts = []
     for record in records:
         ids = prompt_ids[record["id"]]
-        prompts.append(Example(record["id"], ids, len(ids), len(ids), float(record["score"])))
+        n = len(ids)  # nothing is supervised yet
+        prompts.append(Example(record["id"], ids, start=n, score_position=n, score=float(record["score"])))
     too_long = [prompt.id for prompt in prompts if len(prompt.ids) > longest]
     if len(too_long) == len(prompts):
         raise InputError(f"{path}: all prompts are longer than {longest} tokens; raise --max-length")
@@ -67,11 +79,13 @@ def plan_steps(prompts: list[Example], size: int, steps: int, seed: int) -> list
 
 
 def write_own(args, judge: Loaded, prompts: list[Example], when: int | str, num_cots: int) -> list[list[Cot]]:
-    """Let the model in training write CoTs for each prompt; random numbers hang on seed, `when` and id.
+    """Let the model in training write CoTs for each prompt; random numbers depend on seed, `when` and id.
 
     A CoT that missed the suffix gets it, in its `ids`, and its score is read after it.
     """
-    sampling = argparse.Namespace(**vars(args) | {"seed": f"{args.seed}/{when}", "num_cots": num_cots})
+    sampling = argparse.Namespace(**vars(args))
+    sampling.seed = f"{args.seed}/{when}"
+    sampling.num_cots = num_cots
     records = [{"id": prompt.id} for prompt in prompts]
     ids = [list(prompt.ids) for prompt in prompts]
     check_weights(args, judge, prompts)
@@ -93,9 +107,9 @@ def check_weights(args, judge: Loaded, prompts: list[Example]) -> None:
         raise Fault(f"{args.out}.part: the last step spoilt the weights; remove it, and try a lower --lr")
 
 
-def facts_of(cots_of_prompts: list[list[Cot]]) -> dict:
+def facts_of(groups: list[list[Cot]]) -> dict:
     """Return the share of CoTs that are finished, the number that the suffix was forced on, mean tokens."""
-    cots = [cot for cots in cots_of_prompts for cot in cots]
+    cots = [cot for group in groups for cot in group]
     forced = sum(1 for cot in cots if not cot.finished)
     length = mean(len(cot.sampled) for cot in cots)
     return {"finished": 1 - forced / len(cots), "forced": forced, "length": length}
@@ -124,9 +138,9 @@ def best_of(log: list[dict]) -> dict:
 
 
 def keep_best(folder: Path, model, step: int, log: list[dict], held_out: list[Example]) -> None:
-    """Save what is trained if no weights were better on `held_out` yet. To be called when the log is on disk.
+    """Save what is trained if no weights were better on `held_out` yet. To be called after end_step.
 
-    If a run is killed before, the state it goes on from has these weights: it calls this once more.
+    If a run is killed between the two, going on calls this again, with the same weights.
     """
     if held_out and (step == 0 or best_of(log)["step"] == step):
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -153,8 +167,11 @@ def say_collapse(log: list[dict], say: Callable[[str], None]) -> None:
         values = [line[name] for line in log]
         first = values[:EVERY]
         last = values[-EVERY:]
-        # Of means over 10 steps, 2 deviations of one step are more than 4 of their difference
-        clearly = max(0.1, 2 * stdev(first)) if name == "finished" else 2 * stdev(first)
-        if mean(last) < mean(first) - clearly:
+        # The difference of two means over 10 steps has a deviation of σ · √(2/10), if one step has σ: this is
+        # more than four times as much
+        by_chance = 2 * stdev(first)
+        if name == "finished":
+            by_chance = max(0.1, by_chance)
+        if mean(last) < mean(first) - by_chance:
             fell = f"{name} fell from {mean(first):.3f} to {mean(last):.3f}, means of {EVERY} steps"
             say(f"step {len(log)}: COLLAPSE? {fell}; stop, and try a lower --lr")

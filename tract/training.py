@@ -158,8 +158,8 @@ class Journal:
         if stopping:
             raise KeyboardInterrupt(f"{self.folder}: stopped after step {step}; the same command goes on")
 
-    def tokens_per_second(self) -> int:
-        return round(self.tokens / (time.time() - self.started))
+    def tokens_per_second(self) -> int | None:  # None where no step was left to be taken
+        return round(self.tokens / (time.time() - self.started)) if self.tokens else None
 
 
 def save_state(folder: Path, model, optimiser, schedule, step: int) -> None:

@@ -83,7 +83,7 @@ class Engine:
         """Read the score distribution after each text, over the whole vocabulary, as writing.score does."""
         from vllm import SamplingParams
 
-        ids = judge.scores["score_ids"].tolist()
+        ids = judge.score_tensors["score_ids"].tolist()
         params = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=ids)
         rails = []
         for answer in self.run(texts, params):

@@ -37,7 +37,7 @@ class Loaded(NamedTuple):  # a model with all it takes to write CoTs and to read
     grid: Grid
     suffix_ids: list[int]
     ends: list[int]  # ids that end a sequence
-    scores: dict[str, Tensor]  # score_ids (S,) and score_values (S,), as rail takes them
+    score_tensors: dict[str, Tensor]  # score_ids (S,) and score_values (S,), as rail takes them
     is_vllm: bool
 
 
@@ -148,8 +148,8 @@ def write(judge: Loaded, prompts: list[list[int]], names: list[str], args, at_on
 
 def read_scores(judge: Loaded, hidden: Tensor) -> list[Rail]:
     """Read the score distributions that hidden states (B, D) predict, as plain numbers."""
-    logits = next_token_logits(judge.model, hidden, judge.scores["score_ids"])
-    expected, off_grid, probs = (values.tolist() for values in rail(logits, **judge.scores))
+    logits = next_token_logits(judge.model, hidden, judge.score_tensors["score_ids"])
+    expected, off_grid, probs = (values.tolist() for values in rail(logits, **judge.score_tensors))
     return [Rail(*row) for row in zip(expected, off_grid, probs, strict=True)]
 
 
