@@ -13,17 +13,13 @@ After an interruption the same command goes on. The sampling is tract/writing.py
 from tract import hub, runs
 from tract.files import Output, encode_prompts, read_data
 from tract.options import choose_grid, make_writing_parser
-from tract.records import InputError
 from tract.writing import load_judge, write_cots
 
 
 def main() -> None:
     parser = make_writing_parser(__doc__, model="out/stage1", data=None, out="out/cots.jsonl")
     args = parser.parse_args()
-    if args.data is None:
-        args.data = hub.trained(args.model).get("data")  # the records that p_s was trained on
-        if args.data is None:
-            raise InputError(f"{args.model}: was not trained here; say with --data what to write CoTs for")
+    args.data = args.data or hub.training_data(args.model)  # by default what p_s was trained on
     args.grid = choose_grid(args)  # a Grid: that of --grid, else the one that p_s was trained on
     output = Output(args)
     records = read_data(args, needs=("id", "prompt", "score"))

@@ -21,9 +21,11 @@ def main() -> None:
     args = parser.parse_args()
 
     stage = hub.trained(args.model).get("stage")  # None for a model that was not trained here
-    if stage is not None and not args.continue_from_stage1:
-        what = f"{args.model}: the checkpoint of stage {stage}, but stage 2 starts from the seed model"
-        raise InputError(f"{what}; give that, or --continue-from-stage1 (ablation A.4)")
+    allowed = 1 if args.continue_from_stage1 else None
+    if stage != allowed:
+        wanted = "p_s (--continue-from-stage1)" if args.continue_from_stage1 else "the seed model"
+        what = "a model that was not trained here" if stage is None else f"the checkpoint of stage {stage}"
+        raise InputError(f"{args.model}: {what}, but stage 2 starts from {wanted}; give that")
     args.grid = choose_grid(args)  # that of --grid, else 1 to 5; with A.4, that of p_s
     shortened = []  # ids of records that lost a CoT; cots_of fills it while run_stage reads the data
 

@@ -55,21 +55,24 @@ def deciding(settings: dict) -> str:
     return json.dumps({name: value for name, value in settings.items() if name not in ("tests", "group")})
 
 
-def check_pack(folder: str, settings: dict) -> None:
-    """Refuse a FOLDER.npz that was made with other settings. Raises InputError."""
+def check_pack(folder: str, settings: dict, num_cots: dict[str, int]) -> None:
+    """Refuse a FOLDER.npz of other settings, or of other numbers of CoTs (by ROW.TEST). Raises InputError."""
     kept = ablations.packed(folder)
     if kept and str(kept["settings"]) != deciding(settings):
         raise InputError(f"{folder}.npz: was made with settings {kept['settings']}; choose another --out")
+    for name, number in num_cots.items():
+        if name in kept and kept[name].shape[1] != number:
+            raise InputError(f"{folder}.npz: {name} has {kept[name].shape[1]} CoTs a record; see --num-cots")
 
 
 def pack(folder: str, names: list[str], settings: dict) -> None:
-    """Add what these files of FOLDER predict to FOLDER.npz, in half precision; what it keeps stays."""
+    """Add what these files of FOLDER predict to FOLDER.npz; what it keeps stays."""
     kept = ablations.packed(folder)
     for name in names:
         predicted = None if name in kept else ablations.predictions(folder, name)
         if predicted:
             probs, kept[f"{name}.true"], kept["grid"] = predicted
-            kept[name] = probs.astype(np.float16)
+            kept[name] = probs.astype(np.float32)  # as the model computed it: halves would make ties
     if kept:
         kept["settings"] = np.array(deciding(settings))
         runs.write_whole(f"{folder}.npz", lambda out: np.savez_compressed(out, **kept))
@@ -136,8 +139,9 @@ def main() -> None:
     files = task.get("tests", ["test"]) if args.split == "test" else [args.split]
     num_cots = {"a1": args.num_cots, "tract": args.num_cots}
     tests = ablations.tests_of(args.rows, files, str(data), num_cots)
+    kept_cots = {} if args.measured else {f"{row}.{files[0]}": number for row, number in num_cots.items()}
     for seed in args.seeds:
-        check_pack(f"{args.out}/seed{seed}", task)
+        check_pack(f"{args.out}/seed{seed}", task, kept_cots)
     folders = ablations.predict(args, tests, setup_of(task, str(data)))
     if args.split == "test":
         for folder in folders:

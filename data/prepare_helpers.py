@@ -20,9 +20,11 @@ from tract.records import Grid, InputError
 SCORE = r"(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*5)?"  # 4, 4.0, 4/5, 4 out of 5
 SAYS = r"(?:(?:the|an?|final|overall|score|rating|is|of)\b[\s,:=*]*)*"
 RESULT = re.compile(rf"\[RESULT\][\s:=*(\"'\[]*{SAYS}(?:{SCORE})?[\s.!*\"')\]]*$", re.IGNORECASE)
-ANNOUNCED = re.compile(  # a number, wherever it is announced, or a last sentence on "the overall quality"
-    rf"\b(?i:(?:so|thus|hence|therefore),? the (?:overall|final) (?:score|rating))\b[^.!?]*?{SCORE}"
-    r"|\bSo the overall[^.!?]*[.!?\s\"')]*$"
+ANNOUNCED = re.compile(
+    r"\b(?i:(?:so|thus|hence|therefore),? the (?:overall|final) (?:score|rating))\b"
+    rf"(?:(?: is| of| would be)?[\s:=*(\"'\[]*{SCORE}"  # wherever it is announced: so the overall score is 4
+    rf"|[^.!?]*?{SCORE}(?=[\s*\"')\]]*(?:[.!?]|$)))"  # other words before it, at the end of a sentence
+    r"|\bSo the overall[^.!?]*[.!?\s\"')]*$"  # a last sentence on "the overall quality"
 )
 
 
@@ -180,7 +182,7 @@ def read_feedback(feedback: str, label: float | None = None) -> dict | str:
 
     label: the score that stands beside the feedback, if one does; the feedback must not contradict it.
     """
-    cot, announced = split_feedback(feedback)
+    cot, announced = split_feedback(feedback, Grid())
     scores = announced if label is None else [label, *announced]
     if not cot:
         return "no feedback before the score"
@@ -191,29 +193,29 @@ def read_feedback(feedback: str, label: float | None = None) -> dict | str:
     return {"cot": cot, "score": scores[0] if scores else None}
 
 
-def clean_cot(feedback: str) -> str:
+def clean_cot(feedback: str, grid: Grid) -> str:
     """Cut a feedback where it announces the score ("So the overall", else "[RESULT]"), as the paper does."""
-    return split_feedback(feedback)[0]
+    return split_feedback(feedback, grid)[0]
 
 
-def split_feedback(feedback: str) -> tuple[str, list[float]]:
+def split_feedback(feedback: str, grid: Grid) -> tuple[str, list[float]]:
     """Return the reasoning of a feedback, and all scores that are announced after it."""
     cot = feedback.strip()
     scores = []
-    verdict = last_verdict(cot)
+    verdict = last_verdict(cot, grid)
     while verdict:
         numbers = re.findall(SCORE, verdict[0])
         scores += map(float, numbers[-1:])  # the last of "Score (1-5): 4"
         cot = cot[: verdict.start()].rstrip()
-        verdict = last_verdict(cot)
+        verdict = last_verdict(cot, grid)
     return cot.removeprefix("Feedback:").strip(), scores
 
 
-def last_verdict(text: str) -> re.Match | None:
+def last_verdict(text: str, grid: Grid) -> re.Match | None:
     """Find the last announcement of a score, or a last sentence that is one."""
     for pattern in (RESULT, ANNOUNCED):
         matches = list(pattern.finditer(text))
         if matches:
             return matches[-1]
-    verdict = find_verdict(text, Grid())
+    verdict = find_verdict(text, grid)
     return verdict if verdict and verdict.end() == len(text) else None

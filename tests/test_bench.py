@@ -127,9 +127,11 @@ def test_what_is_packed_needs_no_file(tmp_path, lab):
         assert found == [[row["score_probs"]], [4.5], [1, 5]]
     tests = {("tract", "test"): "predict.py --model @tract", ("ce", "test"): "predict.py --model @ce"}
     args = argparse.Namespace(out=tmp_path, seeds=[1], show=False, measured=False, jobs=1)
-    real.check_pack(f"{tmp_path}/seed1", {"grid": "1,5"})
+    real.check_pack(f"{tmp_path}/seed1", {"grid": "1,5"}, {"tract.test": 2})
     with pytest.raises(ablations.InputError, match=r"seed1\.npz: was made with settings"):
-        real.check_pack(f"{tmp_path}/seed1", {"grid": "1,5", "train": "--epochs 2"})
+        real.check_pack(f"{tmp_path}/seed1", {"grid": "1,5", "train": "--epochs 2"}, {})
+    with pytest.raises(ablations.InputError, match=r"seed1\.npz: tract.test has 2 CoTs a record"):
+        real.check_pack(f"{tmp_path}/seed1", {"grid": "1,5"}, {"tract.test": 1})
     folders = ablations.predict(args, tests, ablations.SETUP)
     assert folders == [f"{tmp_path}/seed1"] and not [*tmp_path.glob("seed1/*.log")]  # nothing was run
 
@@ -144,7 +146,9 @@ def test_a_task_with_two_tests_keeps_the_true_scores_of_each(tmp_path, lab, run_
         row = {"prompt": "x", "prediction": 3, "finished": [True], "score_probs": [[0.5, 0.5]], "grid": "1,5"}
         lab.write(f"seed1/tract.{test}.jsonl", [row | {"score": score} for score in true])
     real.pack(f"{tmp_path}/seed1", [f"tract.{file}" for file in files], {"grid": "1,5", "tests": files})
-    real.check_pack(f"{tmp_path}/seed1", {"grid": "1,5", "group": "question"})  # which decides no prediction
+    real.check_pack(
+        f"{tmp_path}/seed1", {"grid": "1,5", "group": "question"}, {}
+    )  # which decides no prediction
     for file in files:
         (tmp_path / f"seed1/tract.{file}.jsonl").unlink()
     tests = [("tract", file) for file in files]
@@ -282,7 +286,7 @@ def test_committed_tables_of_people_s_scores_come_from_the_committed_predictions
                 kept = ablations.predictions(f"{committed}/{task}/{seed}", f"{cell['row']}.{cell['test']}")
                 predicted = ablations.readings(*kept)[cell["reading"]].predictions
                 assert [METRICS[name](predicted, kept[1]) for name in METRICS_SHOWN] == pytest.approx(numbers)
-                real.check_pack(f"{committed}/{task}/{seed}", settings[task])
+                real.check_pack(f"{committed}/{task}/{seed}", settings[task], {"tract.test": 5})
         kept = ablations.packed(f"{committed}/{task}/tried")  # on validation records
         own = {name: probs for name, probs in kept.items() if probs.ndim == 3 and "annotated" not in name}
         assert len(own) == n

@@ -84,8 +84,13 @@ def test_a_feedback_is_cut_at_its_verdict_and_left_out_where_it_is_ambiguous(fee
 
 def test_a_cot_is_cut_at_the_last_announcement():
     early = "It prints [RESULT]. So the overall tone is fine. But it errs."
-    assert clean_cot(f"Feedback: {early} So the overall score is 4. [RESULT] 4") == early
-    assert clean_cot("So the overall tone is fine. But it errs. [RESULT] 2").endswith("But it errs.")
+    assert clean_cot(f"Feedback: {early} So the overall score is 4. [RESULT] 4", Grid()) == early
+    assert clean_cot("So the overall tone is fine. But it errs. [RESULT] 2", Grid()).endswith("But it errs.")
+    whole = "So the overall score depends on 2 things: style and facts. The style is good."
+    assert clean_cot(f"Right. {whole}", Grid()) == f"Right. {whole}"
+    assert clean_cot("Right. Thus the final score would be 4, for style. It is good.", Grid()) == "Right."
+    assert clean_cot("Right. So the overall score for 2 faults is a 3. Good.", Grid()) == "Right."
+    assert clean_cot("Fine work. I give it a B.", Grid.parse("A=1,B=2")) == "Fine work."
 
 
 def test_bench_items_with_one_label_or_several(lab):
@@ -299,11 +304,11 @@ def test_nothing_is_written_over(lab, script, words):
 def test_of_two_files_both_are_written_or_none(lab):
     file, out = lab.path / "bench.json", lab.path / "test.jsonl"
     file.write_text('[{"instruction": "Rate.", "gpt4_score": 3, "gpt4_feedback": "Fine."}]')
-    (lab.path / "test.jsonl.tmp").mkdir()  # so that it can't be written
+    (lab.path / ".test.jsonl.tmp").mkdir()  # so that it can't be written
     how = ("data.prometheus_bench.prepare", file, "--out", out, "--train")
     assert lab.fail(*how, lab.path / "train.jsonl")[0] == 1
     assert lab.fail(*how, out) == (2, f"{out}: given for two outputs; choose two names\n")
-    assert {path.name for path in lab.path.iterdir()} == {"bench.json", "test.jsonl.tmp"}
+    assert {path.name for path in lab.path.iterdir()} == {"bench.json", ".test.jsonl.tmp"}
 
 
 def test_the_seed_model_appears_whole_and_spares_what_stands_beside_it(lab):

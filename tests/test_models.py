@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, PolyConfig, PrefixTuningConfig, get_peft
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tract import models, runs
+from tract import hub, models, runs
 from tract.models import TINY_SEED
 from tract.records import Grid, InputError
 from tract.writing import load_judge
@@ -55,6 +55,8 @@ def test_an_adapter_is_an_ordinary_one_and_goes_through_the_other_stages(adapter
     same = [(folder / "adapter_model.safetensors").read_bytes() for folder in (path / "a4", adapter)]
     assert same[0] == same[1]
     lab.run(*train, "--out", path / "full", "--full")
+    for name, rank in (("a4", 4), ("full", None)):  # what goes on from them gets the defaults of the seed
+        assert hub.origin(str(path / name), False) == (TINY_SEED, {"lora": rank, "four_bit": False})
     with torch.no_grad():
         full = AutoModelForCausalLM.from_pretrained(path / "full")(ids).logits
     torch.testing.assert_close(full, ours, atol=1e-4, rtol=1e-4)
@@ -256,6 +258,8 @@ def test_vllm_is_asked_for_what_it_allows(lab, tiny_tokenizer, monkeypatch):
     lab.run("predict", "--model", model, "--data", data, "--engine", "vllm", "--out", out)
     assert len(lab.read("out.jsonl")) == 3
     assert f"1 records left out, longer than 71 tokens: {long['id']}" in lab.capsys.readouterr().out
+    lab.run("eval", out, "--resamples", 5, "--out", lab.path / "eval")
+    assert "   1 more were too long to be judged\n" in lab.capsys.readouterr().out
     judge = ("gen_cot", "--model", model, "--data", data, "--out", out.with_name("cots"), "--engine", "vllm")
     assert "longer than" in lab.fail(*judge, "--engine-args", "max_model_len=10")[1]
     config = json.loads((model / "adapter_config.json").read_text())

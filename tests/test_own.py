@@ -96,9 +96,19 @@ def test_every_kind_of_file_gives_the_same_records(lab, monkeypatch):
         assert prepare(lab, source, *options, out=f"out/{source}.jsonl")[0] == expected
         assert '"ratings": [4, 4.5]' in (lab.path / f"out/{source}.jsonl").read_text()  # not 4.0
     for source in ("mine.csv", "mine.tsv"):  # where all cells are texts, and the header is row 1
-        made, _ = prepare(lab, source, *options, out=f"out/{source}.jsonl")
+        made, said = prepare(lab, source, *options, out=f"out/{source}.jsonl")
+        assert "1 rows with a CoT that was cut where it announces its score: 2\n" in said
         assert made == [expected[0] | {"day": "7.0"}, expected[1] | {"id": "mine-3"}]
     assert read_records(lab.path / "out/mine.csv.jsonl", Grid(), ("id", "prompt", "cot", "score"))
+
+
+def test_what_is_cut_away_or_not_taken_is_said(lab):
+    """A column `ratings` stands back where --ratings names others; a CoT may be nothing but its verdict."""
+    row = {"prompt": "Judge.", "a": 1, "b": 2, "ratings": [5, 5], "cot": "Fine."}
+    lab.write("mine.jsonl", [row, row | {"cot": "Score: 4"}])
+    made, said = prepare(lab, "mine.jsonl", "--ratings", "a", "b")
+    assert made[0]["ratings"] == [1, 2] and made[0]["score"] == 1.5 and "not used: 'ratings'" in said
+    assert "left out 1: a text in 'cot' that only announces a score (row 2)" in said and "was cut" not in said
 
 
 def test_a_mapped_column_is_not_taken_again_and_dates_become_texts(lab, monkeypatch):
@@ -149,6 +159,7 @@ def test_what_belongs_together_is_held_out_together(lab, column):
         ("t.csv", ["--grid", "1,x"], "--grid 1,x: give numbers"),
         ("t.csv", ["--map", "ratings=a=b"], "row 2: 'ratings' is no list; name the columns"),
         ("t.csv", ["--map", "response=a=b", "--set", "response=No."], "response: is in --map and in --set"),
+        ("t.csv", ["--map", "ratings=a=b", "--ratings", "a=b"], "ratings: is in --map, and --ratings names"),
         ("cut.csv", [], "can't be read (Error: unexpected end of data)"),
         ("two.csv", [], "two columns are called 'response'"),
         ("latin.csv", [], "can't be read (UnicodeDecodeError"),

@@ -25,6 +25,8 @@ def test_own_records_go_through_every_stage_on_another_grid(mistral_tokenizer, l
     assert "λ = 1 weighs as much as 625 on 1 to 5; --lambda 0.0016" in lab.capsys.readouterr().out
     # Without --data it writes CoTs for the records that p_s was trained on
     lab.run("gen_cot", "--model", path / "p_s", *two, "--out", path / "cots.jsonl")
+    lab.write("scored.jsonl", scored[:3])
+    assert "scored.jsonl: is not there, or not what" in lab.fail("gen_cot", "--model", path / "p_s")[1]
     cots = ["--data", path / "cots.jsonl", "--valid", path / "cots.jsonl", "--keep-unfinished"]
     lab.run("stage2_train", *seed, *cots, *grid, *few, "--out", path / "p_tract")
     judge = ["predict", "--model", path / "p_tract", "--data", lab.write("mine.jsonl", rows), *two]
@@ -117,6 +119,10 @@ BAD = [
     ("stage1_train", [COTS], ["--model", "no/model"], "no/model: no such folder, and can't reach the hub"),
     ("stage1_train", [COTS], ["--max-length", 3], "longer than 3 tokens, the shortest has 10"),
     ("stage1_train", [COTS], ["--lora", 4, "--full"], "--full: not allowed with argument --lora"),
+    ("stage1_train", [COTS], ["--model", "qwen3-8b", "--lora", 8, "--full"], "--full: not allowed with argu"),
+    ("stage1_train", [COTS], ["--lambda", 0, "--ce-weight", 0], "--lambda 0: then nothing trains the score"),
+    ("stage1_train", [COTS], ["--lambda", 0, "--score-ce", "none"], "--lambda 0: then nothing trains the sc"),
+    ("stage2_train", [COTS], ["--continue-from-stage1"], "a model that was not trained here, but stage 2"),
     ("stage2_train", [{"id": "a", "prompt": "p", "cot": "c", "score": 3}], [], "'cots' is missing"),
     ("stage2_train", [COTS | {"prediction": 3.0}], [], "record 'a' is a prediction"),
     ("stage2_train", [COTS | {"finished": [False]}], [], "no CoT in it is finished; train"),
@@ -124,6 +130,7 @@ BAD = [
     ("predict", [COTS | {"cots": ["c", "d"]}], ["--given", "cots"], "'cots' does not hold one entry"),
     ("predict", [COTS], ["--no-cot", "--num-cots", 2], "--num-cots: not allowed with argument --no-cot"),
     ("predict", [COTS], ["--max-length", 1], "all 1 records are longer than 1 tokens"),
+    ("predict", [COTS], ["--temperature", 0, "--num-cots", 2], "--temperature 0: all CoTs of a prompt would"),
 ]
 
 

@@ -127,11 +127,13 @@ VERDICTS = """[RESULT] 4 | A [result] b. | So the overall score is good. | So th
 **4** | 4 | It is fine. 4 | Rating: 4/5. | I give it a 4 out of 5 | Overall score: 4. | **Score:** 4
 Final Score (1-5): 4.5 | I'd rate this response 4/5. | Rating: [[4]] | <score>4</score> | {"score": 4}
 My score for it is a 4. | It deserves a score of 4. | This response would be a Score 2. | Score: 4 (good)
+Good, hence a score of 4. | It would be a 4. | Clear, thus a 5.
 Final Score: **4**/5 | The overall score is 4 | Fine. 4 stars | Fine.⏎4⏎ | Fine!⏎⏎###Score: 4"""
 REASONS = """A man / A man: same, 5. | same, 4. Only in 2: in 4. | It is about COVID-19. | Meets a score of 5.
 Overall the sum is 4. | So the overall tone is kind. But it is short. | It answers part 4.
 Right steps: 3 | Ranked No. 4. | Dated 1. May 2020. | Not a perfect score (5). | 2 + 2 is 4.
-the score 4 criteria. | score: high | So the overall idea is right. | Its chess rating is 2000."""
+the score 4 criteria. | score: high | So the overall idea is right. | Its chess rating is 2000.
+The right total would be 12. | It adds 2 and 2, so the answer would be 4. | Hence 12. | Thus, x is 3."""
 
 
 def test_a_cot_that_gives_its_score_away_is_refused_and_reasoning_is_not(lab):
@@ -166,6 +168,12 @@ def test_grid_values_nearest_token_and_options_that_are_refused():
     assert "holds '[RESULT]'" in check_record({"id": "a", "cot": "Good. [RESULT] 5"}, grid, ("id", "cot"))
     assert Grid.parse("1,2,3,4,5,6,7,8,9,0=10").values == tuple(range(1, 11))
     assert Grid.parse("A=1,B=2,C=3") == (("A", "B", "C"), (1, 2, 3), SUFFIX)
+    tenths = Grid.parse("0,.1,.2,.3")  # halves up, where floats have no halves, too
+    assert [tenths.nearest(s) for s in (0.05, 0.15, 0.25, 0.1499)] == [1, 2, 3, 1]
+    third = Grid.parse(f"1=0,2={1 / 3}")
+    assert Grid.parse(str(third)) == third
+    with pytest.raises(InputError, match="--grid 1,9e6: losses in fp32 can't hold it"):
+        Grid.parse("1,9e6")
     for wrong in ("1", "1,1", "3,2", "a,b", "1=nan,2=3", "1,2=inf", "1,,2", "=1,2", "1-10", "1,2,9,0"):
         with pytest.raises(InputError, match=r"--grid.*for 1 to 10: 1,2,3,4,5,6,7,8,9,0=10 or letters"):
             Grid.parse(wrong)

@@ -117,7 +117,8 @@ def test_what_decides_a_result_and_changed_is_named_and_nothing_else(lab, tiny_t
 
 
 def test_options_of_vllm_that_decide_nothing_are_not_compared(lab):
-    parser = options.make_writing_parser("", TINY_SEED, "train.jsonl", "o.jsonl")
+    data = str(lab.write("t.jsonl", lab.rows[:1]))
+    parser = options.make_writing_parser("", TINY_SEED, data, "o.jsonl")
     both = []
     for length, dtype in (("1024", "half"), ("2048", "float")):
         args = parser.parse_args(["--engine-args", f"max_model_len={length}", f"dtype={dtype}"])
@@ -125,7 +126,7 @@ def test_options_of_vllm_that_decide_nothing_are_not_compared(lab):
         found = runs.settings_of(args)
         both.append({name: found[name] for name in found if name.startswith("vLLM")})
     assert both == [{"vLLM dtype": "half"}, {"vLLM dtype": "float"}]
-    out = ("gen_cot", "--model", TINY_SEED, "--out", lab.path / "out")
+    out = ("gen_cot", "--model", TINY_SEED, "--data", data, "--out", lab.path / "out")
     assert "are for --engine vllm" in lab.fail(*out, "--engine-args", "a=1")[1]
 
 

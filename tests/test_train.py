@@ -170,6 +170,8 @@ def test_dry_run_shows_the_loss_mask_and_what_is_left_out(lab, tiny_tokenizer):
     assert "53 tokens without loss:\n<s> ### Inst" in shown
     assert "tokens with CE:\nthis answer is good ." in shown and "last token, with CE: '</s>'" in shown
     assert "CE at the score: none. Here the penalty\n(squared) to 3.4 is read" in shown
+    lab.run("stage1_train", "--data", lab.write("odd.jsonl", [rows[0] | {"prompt": "xyzzy " * 9}]), *options)
+    assert "of its tokens are unknown words to " in lab.capsys.readouterr().out
     assert not list(lab.path.glob("out*"))
 
 

@@ -147,13 +147,14 @@ START = r"(?:\A|\n|(?<=[.!?])(?<!No\.)\W)"
 WORDS = r"[^.!?\n]*"
 FEW_WORDS = r"[^.!?\n]{0,40}"
 SCORE = "scores?|rating|grade"
-GETS = "deserves|merits|earns|gets|receives|would be|hence|thus"
+GETS = "deserves|merits|earns|gets|receives"
 LEADS = (
     r"[\W_]{0,20}",  # It is fine. **4**
     rf"{WORDS}\b(?:{SCORE}|marks?|verdict|overall)(?: *\([^()]*\))?\s*[^\w\s,(]\W*",  # Score (1-5): 4
     rf"{WORDS}\b(?:{SCORE})\b{FEW_WORDS}\bis (?:an? )?\W*",  # my score for it is 4
     rf"{WORDS}\b(?:I|we)\b{FEW_WORDS}\b(?:give|rate|score|assign|award)\b{FEW_WORDS} \W*",  # I give it 4
     rf"{WORDS}\b(?:{GETS}),? (?:an? )?(?:score (?:of )?)?\W*",  # it deserves a score of 4
+    rf"{WORDS}\b(?:would be|hence|thus),? (?:an? |(?=score))(?:score (?:of )?)?\W*",  # it would be a 4
 )
 DIGITS = r"\d{1,3}(?:\.\d+)?"
 UNIT = r"(?:\W*(?:/|out of)\s*\d+)?(?: points?| stars?)?(?: *\([^()]*\))?"  # 4/5, 4 stars, 4 (good)

@@ -22,6 +22,9 @@ def check_training_options(args) -> None:
         runs.check_out(args.out)
     if args.fsdp and (args.lora or not ranks.launched()):
         raise InputError("--fsdp: spreads all weights (--full) over the processes that torchrun starts")
+    no_ce_at_score = args.ce_weight == 0 or args.score_ce == "none" or args.score_weight == 0
+    if args.stage < 3 and args.lam == 0 and no_ce_at_score:
+        raise InputError("--lambda 0: then nothing trains the score; leave it away, or what turns its CE off")
     if args.score_weight is not None and (args.score_ce == "none" or args.ce_weight == 0):
         raise InputError(
             "--score-weight: weighs nothing with --score-ce none or --ce-weight 0; leave one away"
@@ -57,6 +60,10 @@ def read_examples(
             examples.append(encode(tokenizer, record_with_cot, args.grid, score_ids, args.no_cot))
     if not examples:
         raise InputError(f"{path}: no CoT in it is finished; train stage 1 longer, or --keep-unfinished")
+    unknown = sum(example.ids.count(tokenizer.unk_token_id) for example in examples)
+    share = unknown / sum(len(example.ids) for example in examples)
+    if share > 0.05:
+        print(f"{path}: {share:.0%} of its tokens are unknown words to {args.model}; is --model right?")
     fitting = [example for example in examples if len(example.ids) <= longest]
     if not fitting:
         shortest = min(len(example.ids) for example in examples)

@@ -18,7 +18,7 @@ from tract import hub, runs
 from tract.encode import encode_prompt, thinking_setting
 from tract.records import PREDICTED, InputError, read_records
 from tract.runs import Fault
-from tract.writing import Loaded
+from tract.writing import GREEDY, Loaded
 
 CHUNK = 8  # batches' worth of prompts that are judged together, and then written to OUT.part
 
@@ -37,6 +37,8 @@ def check_writing_options(args) -> None:
     """Refuse options that do not go together with each other or with the model. Raises InputError."""
     if args.engine_args and args.engine != "vllm":
         raise InputError("--engine-args: are for --engine vllm")
+    if has_to_sample(args) and args.num_cots > 1 and args.temperature < GREEDY:
+        raise InputError("--temperature 0: all CoTs of a prompt would be the same; leave --num-cots away")
     trained = hub.trained(args.model)
     if trained and trained.get("no_cot") and not args.no_cot:
         raise InputError(f"{args.model}: was trained without CoTs, knows none; use predict.py --no-cot")
@@ -155,8 +157,8 @@ class Output:
             record = json.loads(line)
             if not all(record["finished"]):
                 unfinished.append(record["id"])
-        facts = {"unfinished": len(unfinished), "sequences_at_once": self.at_once}
-        facts |= {"enable_thinking": self.enable_thinking}
+        facts = {"records": len(lines), "too_long": len(self.too_long), "unfinished": len(unfinished)}
+        facts |= {"sequences_at_once": self.at_once, "enable_thinking": self.enable_thinking}
         runs.write_run(self.run_json, args, self.settings, self.started, **facts)
         runs.write_whole(args.out, lambda file: file.writelines(lines))  # last: where it is, everything is
         shutil.rmtree(self.part)

@@ -116,6 +116,28 @@ def trained(name: str, offline: bool = False) -> dict:
     return arguments if ours else {}
 
 
+def origin(name: str, offline: bool) -> tuple[str, dict]:
+    """Return the seed that a model goes back to, and how it was trained: {} or its lora and four_bit."""
+    run = trained(name, offline)
+    rank = read(name, "adapter_config.json", offline).get("r")
+    how = {"lora": rank, "four_bit": bool(rank and run.get("four_bit"))} if run or rank else {}
+    line = [name]  # itself, what it was trained from, what that was trained from
+    while run and run["model"] not in line:
+        line.append(run["model"])
+        run = trained(line[-1], offline=True)
+    return line[-1], how
+
+
+def training_data(name: str) -> str:
+    """Return the file that a model was trained on. Raises InputError if that is not known, or has changed."""
+    path = trained(name).get("data")
+    if path is None:
+        raise InputError(f"{name}: was not trained here; name the records with --data")
+    if not Path(path).is_file() or sha256(path) != read(name, "run.json").get("inputs", {}).get("data"):
+        raise InputError(f"{path}: is not there, or not what {name} was trained on; name a file with --data")
+    return path
+
+
 def is_four_bit(name: str) -> bool:
     """Tell whether a model is an adapter that was trained here on a base in 4 bits, and so needs that."""
     return bool(trained(name).get("four_bit") and read(name, "adapter_config.json"))

@@ -18,12 +18,14 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
     defaults: model → default of each option; those of "any other" are for models that it does not name.
     """
     model = "out/stage2" if stage == 3 else models.TINY_SEED
-    seed, adapter_rank, four_bit = asked_for(model)  # a judge gets the defaults of its seed
-    defaults = defaults_of(seed, defaults).copy()
+    seed, trained = asked_for(model)
+    defaults = defaults_of(seed, defaults) | trained  # a judge goes on as it was trained
     data = str(ROOT / defaults.pop("data"))
+    four_bit = defaults.pop("four_bit", False)
     lora = defaults.pop("lora")
-    lora = adapter_rank or lora  # of a judge, which training may go on with
     rank = lora or 8  # the paper's is 8
+    # As a text, since argparse takes a number that equals the default for one that was not given
+    default = None if lora is None else str(lora)
 
     parser = make_parser(description)
     add = parser.add_argument  # what matters most comes first, in no group
@@ -36,11 +38,11 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
         add("--epochs", type=COUNT, help="passes over the data")
     add = parser.add_mutually_exclusive_group().add_argument
     what = f"adapters of this rank, or of rank {rank}, on all linear layers; None: all weights"
-    add("--lora", nargs="?", type=COUNT, const=rank, default=lora, metavar="RANK", help=what)
+    add("--lora", nargs="?", type=COUNT, const=rank, default=default, metavar="RANK", help=what)
     full = {"action": "store_const", "const": None, "dest": "lora", "default": argparse.SUPPRESS}
     add("--full", **full, help="all weights, in fp32")
     add = parser.add_argument_group("checks").add_argument
-    add("--valid", help="JSONL file of held-out records; None: valid.jsonl of stage 1's default --data")
+    add("--valid", help="JSONL file of held-out records; None: in stage 1, that beside its default --data")
     if stage < 3:
         add("--dry-run", action="store_true", help="only show options and an example with its loss mask")
         add_loss(parser)
@@ -83,19 +85,16 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
 
 
-def asked_for(default: str) -> tuple[str, int | None, bool]:
-    """Return the seed of the --model asked for, the rank of its adapters, and if their base is in 4 bits."""
+def asked_for(default: str) -> tuple[str, dict]:
+    """Return the seed of the --model asked for and, if it is a judge, how it was trained: lora, four_bit."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", default=default)
     parser.add_argument("--help", "-h", action="store_true")  # which shall not wait for the hub
     asked = parser.parse_known_args()[0]
     try:
-        run = hub.trained(asked.model, offline=asked.help)  # of its run.json; {} for models of others
-        adapter = hub.read(asked.model, "adapter_config.json", offline=asked.help)
+        return hub.origin(asked.model, offline=asked.help)
     except InputError:  # which is reported when the options are read
-        return asked.model, None, False
-    four_bit = bool(adapter and run.get("four_bit"))  # which its adapters are used to
-    return run.get("model", asked.model), adapter.get("r"), four_bit
+        return asked.model, {}
 
 
 def defaults_of(model: str, defaults: dict[str, dict]) -> dict:

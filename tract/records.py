@@ -37,6 +37,7 @@ from tract.prompt import PARTS, SUFFIX, render_prompt
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
 # What predict.py adds, and what it does not take over from an earlier judge
 PREDICTED = ("score_probs", "off_grid", "renormalised", "prediction", "decoded", "low", "high")
+LARGEST = 1e6  # score: its square, and differences of one in it, are exact enough in fp32
 GRIDS = "as in 1,2,3,4,5 or 1=0,3=50,5=100; for 1 to 10: 1,2,3,4,5,6,7,8,9,0=10 or letters, A=1,B=2,…"
 
 
@@ -64,6 +65,10 @@ class Grid(NamedTuple):
             except ValueError:
                 raise InputError(f"--grid {text}: give numbers, {GRIDS}") from None
         ascending = values == sorted(set(values)) and all(map(math.isfinite, values))
+        if ascending and max(map(abs, values)) > LARGEST:
+            raise InputError(
+                f"--grid {text}: losses in fp32 can't hold it; keep to {LARGEST:g}, in another unit"
+            )
         different = len(set(tokens)) == len(tokens) and all(tokens)
         if len(tokens) < 2 or not different or not ascending:
             raise InputError(f"--grid {text}: give at least two different scores in ascending order, {GRIDS}")
@@ -72,12 +77,21 @@ class Grid(NamedTuple):
         return cls(tuple(tokens), tuple(values), f" {suffix.strip()} ")
 
     def __str__(self) -> str:
-        pairs = zip(self.tokens, self.values, strict=True)
-        return ",".join(f"{token}={value:.12g}" for token, value in pairs)
+        pairs = []
+        for token, value in zip(self.tokens, self.values, strict=True):
+            short = f"{value:.12g}"
+            pairs.append(f"{token}={short if float(short) == value else value}")
+        return ",".join(pairs)
 
     def nearest(self, score: float) -> int:
         """Return the index of the grid point nearest to `score`, halves up."""
-        return min(range(len(self.values)), key=lambda i: (abs(self.values[i] - score), -self.values[i]))
+        width = self.values[-1] - self.values[0]
+
+        def order(i: int) -> tuple[float, float]:
+            distance = abs(self.values[i] - score) / width
+            return round(distance, 9), -self.values[i]  # .15 is half-way from .1 to .2, in floats not quite
+
+        return min(range(len(self.values)), key=order)
 
 
 def predicted(

@@ -27,6 +27,8 @@ def describe(report: dict, common: dict[str, Predictions]) -> str:
         left_out = f"{entry['without_score']} without score, {entry['not_in_all_files']} not in all files"
         left_out += f", {entry['without_prediction']} without prediction"
         text += f"{number}: {path}: {entry['records']} records, {left_out}\n"
+        if entry["too_long"]:
+            text += f"   {entry['too_long']} more were too long to be judged\n"
         unfinished = f"{entry['unfinished_rate']:.1%} of {entry['cots']} CoTs unfinished"
         tied = f"likeliest score tied in {entry['tied_likeliest']} records"
         file = common[path]

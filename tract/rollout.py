@@ -18,7 +18,7 @@ from tract.models import autocast
 from tract.options import make_training_parser
 from tract.records import InputError, read_records
 from tract.runs import COUNT, WEIGHT, Fault, number
-from tract.writing import Cot, Loaded, score, write_cots
+from tract.writing import GREEDY, Cot, Loaded, score, write_cots
 
 EVERY = 10  # steps after which held-out records are judged, the state is saved, a collapse looked for
 
@@ -42,6 +42,8 @@ def read_options(description: str, defaults: dict[str, dict], loss: dict) -> arg
     parser.set_defaults(temperature=1.0, top_p=1.0, repetition_penalty=1.0)
     parser.set_defaults(warmup=0.0, save_every=EVERY, fsdp=False, dry_run=False)  # which stage 3 has not
     args = parser.parse_args()
+    if args.temperature < GREEDY:
+        raise InputError("--temperature 0: all CoTs of a prompt would be the same; stage 3 compares them")
     if args.lr is None:  # adapters take ten times as much, as in REAL's paper
         args.lr = 1e-5 if args.lora else 1e-6
     return args

@@ -24,7 +24,7 @@ from tract.records import ROOT, InputError
 from tract.settings import arguments, settings_of, versions
 
 GO_ON = "what was finished is kept; mend it and give the same command to go on"
-PASSING = {"lock", "settings.json", "settings.json.tmp", "state.pt"}  # what OUT.part has and OUT has not
+PASSING = {"lock", "settings.json", ".settings.json.tmp", "state.pt"}  # what OUT.part has and OUT has not
 
 
 class Fault(Exception):
@@ -57,7 +57,7 @@ def seed_of(name: str) -> int:
 
 def write_whole(path: str | Path, content: str | Callable[[IO], None]) -> None:
     """Write a text, or what a function writes, beside `path`, flush to disk and rename. Raises Fault."""
-    beside = Path(f"{path}.tmp")
+    beside = Path(path).with_name(f".{Path(path).name}.tmp")
     try:
         with open(beside, "wb") as out:
             content(out) if callable(content) else out.write(content.encode())
@@ -169,8 +169,8 @@ def progress(total: int, done: int, label: str, unit: str, quiet: bool = False) 
     return tqdm(total=total, initial=done, desc=label, unit=unit, **options)
 
 
-def report(ids: Iterable[str], what: str, unit: str = "records") -> None:
+def report(ids: Iterable[str | int], what: str, unit: str = "records") -> None:
     """Print the number of affected records and the first five ids."""
     ids = sorted(ids)
     if ids:
-        print(f"{len(ids)} {unit} {what}: {', '.join(ids[:5])}{', …' if len(ids) > 5 else ''}")
+        print(f"{len(ids)} {unit} {what}: {', '.join(map(str, ids[:5]))}{', …' if len(ids) > 5 else ''}")

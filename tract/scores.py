@@ -81,13 +81,14 @@ def find_grid(path: str, grid: str | None, renormalise: bool) -> tuple[Grid, boo
 
 
 def read_run_json(path: str) -> dict:
-    """Return arguments and `inputs` in NAME.run.json, if it is of this file: `x` and `x.jsonl` have one."""
+    """Return arguments and facts of NAME.run.json, if it is of this file: `x` and `x.jsonl` have one."""
     run = runs.read_json(Path(f"{path.removesuffix('.jsonl')}.run.json"))
     arguments = run.get("arguments")
     if not isinstance(arguments, dict):
         return {}
     belongs = Path(str(arguments.get("out", path))).name == Path(path).name
-    return arguments | {"inputs": run.get("inputs", {})} if belongs else {}
+    facts = {"inputs": run.get("inputs", {}), "too_long": run.get("too_long", 0)}
+    return arguments | facts if belongs else {}
 
 
 def keep_common(files: dict[str, Predictions]) -> dict[str, Predictions]:
@@ -125,6 +126,7 @@ def count(path: str, file: Predictions, common: Predictions) -> dict:
         "grid": str(grid),
         "renormalised": rows[0]["renormalised"],
         "records": len(file.rows),
+        "too_long": read_run_json(path).get("too_long", 0),
         "cots": len(finished),
         "without_score": len(file.rows) - len(scored),
         "without_prediction": len(scored) - len(predicted_too),

@@ -28,6 +28,7 @@ from tract.encode import encode_prefix, score_tokens
 from tract.models import decode, device, head, next_token_logits
 from tract.records import Grid
 
+GREEDY = 1e-3  # a temperature below this takes the likeliest token
 NUCLEUS = 256  # tokens that nearly always hold the nucleus; where not, the whole vocabulary is sorted
 
 
@@ -62,14 +63,13 @@ def sample(logits: Tensor, so_far: Tensor, uniform: Tensor, args) -> Tensor:
     """Draw next tokens by inverse CDF: repetition penalty, temperature, then the smallest set of mass top_p.
 
     logits (B, V), so_far (B, T): ids of prompt and CoT in any order, uniform (B,) in [0, 1) → ids (B,). Not
-    torch.multinomial, whose one generator serves all rows: a row's token must not depend on its batch. A
-    temperature below .001 takes the likeliest.
+    torch.multinomial, whose one generator serves all rows: a row's token must not depend on its batch.
     """
     logits = logits.float()
     seen = logits.gather(1, so_far)
     penalised = torch.where(seen < 0, seen * args.repetition_penalty, seen / args.repetition_penalty)
     logits = logits.scatter(1, so_far, penalised)
-    if args.temperature < 1e-3:
+    if args.temperature < GREEDY:
         return logits.argmax(-1)
     logits = logits / args.temperature
     probs, mass, ids = likeliest(logits, NUCLEUS)  # sorting all can take longer than the model's step

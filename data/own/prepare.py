@@ -56,6 +56,7 @@ def read_rows(source: str, split: str) -> list:
             return list(found[split] if isinstance(found, dict) else found)
         if kind not in FORMATS:
             raise ValueError(f"a format that is not known, {kind!r}")
+        csv.field_size_limit(2**31 - 1)  # of a cell
         with open(path, encoding="utf-8-sig", newline="") as file:
             separator = max(",;\t", key=file.readline().count)  # the one that the header has most of
             file.seek(0)
@@ -87,13 +88,16 @@ def choose_columns(args: argparse.Namespace, rows: list) -> dict[str, str]:
     twice = [field for field in sources if field in dict(args.set)]
     if twice:
         raise InputError(f"{twice[0]}: is in --map and in --set; leave one of them away")
+    if "ratings" in sources and args.ratings:
+        raise InputError("ratings: is in --map, and --ratings names columns; leave one of them away")
     asked = [*sources.values(), *args.ratings]
     for column in [*asked, *filter(None, [args.group])]:
         if column not in columns:
             there = ", ".join(map(repr, columns))
             raise InputError(f"{args.source}: has no column {column!r}; its columns are {there}")
     for column in columns:
-        if column in (*TEXTS, "score", "ratings") and column not in [*sources, *dict(args.set), *asked]:
+        taken_as_it_is = (*TEXTS, "score") if args.ratings else (*TEXTS, "score", "ratings")
+        if column in taken_as_it_is and column not in [*sources, *dict(args.set), *asked]:
             sources[column] = column
     unused = [repr(column) for column in columns if column not in [*asked, *sources]]
     print(f"not used: {', '.join(unused) or 'no column'}")
@@ -122,12 +126,14 @@ def convert(row: Any, sources: dict[str, str], args: argparse.Namespace, id: str
     for field, column in sources.items():
         value = read_cell(row.get(column), field)
         if field == "cot" and helpers.is_text(value):
-            value = helpers.clean_cot(value) or None
+            value = helpers.clean_cot(value, args.grid)
+            if not value:
+                return f"a text in {column!r} that only announces a score"
         if value is not None:
             record[field] = value
         elif field in (*PARTS, "prompt", "cot", "score"):
             return f"nothing in {column!r}"
-    ratings = record.pop("ratings", [row.get(column) for column in args.ratings])
+    ratings = [row.get(column) for column in args.ratings] or record.pop("ratings", [])
     if not isinstance(ratings, list):
         return "'ratings' is no list; name the columns of the raters with --ratings"
     ratings = [read_cell(rating, "score") for rating in ratings]
@@ -171,6 +177,7 @@ def main() -> None:
     first = 2 if Path(args.source).suffix.lower() in (".csv", ".tsv") else 1
     made = []
     groups = {}  # id → what is held out together
+    shortened = []  # numbers of rows whose CoT was cut
     numbers = []  # of the rows, in the file
     for number, row in enumerate(rows, first):
         if row is None:
@@ -183,10 +190,13 @@ def main() -> None:
             else:
                 group = row.get(args.group) if args.group else record.get("instruction", record.get("prompt"))
                 groups[record["id"]] = " ".join(str(group).split())
+                if "cot" in sources and record["cot"] != str(row[sources["cot"]]).strip():
+                    shortened.append(number)
         made.append(record)
     kept, left_out = helpers.sort_out(made, args.source, numbers)
     taken = ", ".join(f"{field} from {column!r}" for field, column in sources.items())
     print(f"{len(made)} rows read, {len(kept)} kept: {taken}\n{left_out}", end="")
+    runs.report(shortened, "with a CoT that was cut where it announces its score", unit="rows")
     sides = {path: [] for path in (args.out, valid) if path}
     for record in kept:
         held_out = helpers.is_held_out(groups[record["id"]], args.valid_fraction, args.seed)

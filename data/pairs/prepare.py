@@ -108,17 +108,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     add = parser.add_argument
     add("files", nargs="*", help="JSON arrays or JSONL files; none: RewardBench from the hub")
-    add("--hub", choices=HUB_IDS, default="rewardbench", help="which of them")
+    add("--hub", choices=HUB_IDS, help="which of them; None: rewardbench")
     add("--out", required=True, help="JSONL file to write")
     add("--rubric", default=RUBRIC, help="what the judge is to look at, for rows without a rendered prompt")
     args = parser.parse_args()
+    if args.files and args.hub:
+        raise InputError("--hub: without files, it says which data set is fetched; leave one of them away")
     check_new(args.out)
     names = names_of(args.files)
     sources = {name: (file, read_items(file)) for name, file in zip(names, args.files, strict=True)}
     if not sources:
-        hub_id = HUB_IDS[args.hub]
-        rows = read_hub(hub_id, SPLITS[args.hub], f"{args.hub}.json", "pairs/prepare.py")
-        sources = {args.hub: (hub_id, rows)}
+        name = args.hub or "rewardbench"
+        rows = read_hub(HUB_IDS[name], SPLITS[name], f"{name}.json", "pairs/prepare.py")
+        sources = {name: (HUB_IDS[name], rows)}
     records = []
     for name, (source, rows) in sources.items():
         made = [convert(row, f"{name}-{n:04}", name, args.rubric) for n, row in enumerate(rows)]
