@@ -1,4 +1,4 @@
-"""All that a first reader of the six scripts may skip; encode.py alone belongs to the first reading.
+"""All that a first reader of the scripts may skip; encode.py alone belongs to the first reading.
 
 encode.py       from a record to token ids, and which positions carry loss
 records.py      the JSONL record and its score grid; checks.py: what is refused as a record
