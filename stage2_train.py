@@ -20,7 +20,7 @@ def main() -> None:
     add("--continue-from-stage1", action="store_true", help="allow p_s as --model (ablation A.4)")
     args = parser.parse_args()
 
-    stage = hub.trained(args.model).get("stage")  # None for a model that was not trained here
+    stage = hub.training_arguments(args.model).get("stage")  # None for a model that was not trained here
     allowed = 1 if args.continue_from_stage1 else None
     if stage != allowed:
         wanted = "p_s (--continue-from-stage1)" if args.continue_from_stage1 else "the seed model"

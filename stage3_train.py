@@ -112,7 +112,7 @@ def main() -> None:
     started = time.time()
     if torch.distributed.is_torchelastic_launched():
         raise InputError("stage 3 runs in one process: start it with python, not with torchrun")
-    if hub.trained(args.model).get("stage") != 2:
+    if hub.training_arguments(args.model).get("stage") != 2:
         raise InputError(f"{args.model}: stage 3 starts from p_tract; give the --out of stage 2")
     args.grid = choose_grid(args)  # p_tract's
     check_training_options(args)

@@ -22,7 +22,7 @@ def complete(url: str, ids: list[int], **settings) -> dict:
 
 def main() -> None:
     url, folder, data = sys.argv[1:]
-    trained = hub.trained(folder)  # its run.json
+    trained = hub.training_arguments(folder)  # its run.json
     if not trained:
         raise records.InputError(f"{folder}: no run.json of this repository; give the --out of a training")
     if hub.is_four_bit(folder):

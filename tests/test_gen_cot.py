@@ -52,8 +52,8 @@ POSITIONS = {"mistral_tokenizer": 999, "gpt2_tokenizer": 999, "tiny_tokenizer": 
 @pytest.mark.parametrize("name", POSITIONS)
 def test_scores_of_cots_without_suffix_and_of_given_ones(name, request, lab, monkeypatch):
     """Write random CoTs, which mostly tokenise to other ids; the last tokenizer's fill all positions."""
-    monkeypatch.setattr(batch, "READ", 40)
-    monkeypatch.setattr(writing, "READ", 40)
+    monkeypatch.setattr(batch, "READ_TOKENS", 40)
+    monkeypatch.setattr(writing, "READ_TOKENS", 40)
     model = lab.checkpoint(request.getfixturevalue(name), max_position_embeddings=POSITIONS[name])
     judge, data = load_judge(str(model), GRID, False), lab.write("test.jsonl", ROWS)
     own = judged(lab, judge, data, "--num-cots", 3, "--max-new-tokens", 30)
@@ -133,7 +133,7 @@ WINDOWS["qwen2"] = {"use_sliding_window": True, "max_window_layers": 1}
 @pytest.mark.parametrize("kind", WINDOWS)
 def test_every_token_is_what_a_plain_pass_would_sample(kind, at_once, gpt2_tokenizer, lab, monkeypatch):
     """Write two CoTs a prompt, while rows end and others take their place, beyond the sliding window."""
-    monkeypatch.setattr(batch, "READ", 2 * at_once)  # some prompts are read together
+    monkeypatch.setattr(batch, "READ_TOKENS", 2 * at_once)  # some prompts are read together
     options = {"model_type": kind, "sliding_window": 8, **WINDOWS[kind]}
     options |= {"max_position_embeddings": 34, "eos_token_id": [*range(0, 290, 9)]}  # a token in nine ends
     judge = load_judge(str(lab.checkpoint(gpt2_tokenizer, **options)), GRID, False)

@@ -281,7 +281,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(command, lab, monkeypatch):
     assert code == 2 and "stage 3 starts from p_tract; give the --out of stage 2" in said
     assert "--temperature 0: all CoTs of a prompt" in lab.fail(*command, *out, "--temperature", 0)[1]
     assert "--num-cots: 1 is not between 2" in lab.fail(*command, *out, "--num-cots", 1)[1]
-    assert "all prompts are longer than 9 tokens" in lab.fail(*command, *out, "--max-length", 9)[1]
+    assert "all are longer than 9 tokens" in lab.fail(*command, *out, "--max-length", 9)[1]
     code, said = lab.fail(*command, *out, "--lr", 1e38)
     assert code == 1 and "out.part: the last step spoilt the weights; remove it, and try a lower --lr" in said
     monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)

@@ -48,7 +48,7 @@ def test_a_training_says_how_it_does_and_leaves_a_picture_and_a_card(lab):
         assert f"\nepoch {epoch}: held out, on the CoTs given: {shown}" in said
     assert (lab.path / "out/curves.png").read_bytes().startswith(PNG)
     page = ModelCard.load(lab.path / "out/README.md")
-    trained = hub.trained(str(lab.path / "out"))
+    trained = hub.training_arguments(str(lab.path / "out"))
     assert (page.data["grid"], page.data["suffix"]) == (trained["grid"], trained["suffix"])
     assert page.data.library_name == "transformers" and page.data.base_model is None
     assert "'my data.jsonl', SHA-256 " + hub.sha256(data) in page.text and str(lab.path) not in page.content

@@ -1,4 +1,4 @@
-"""PEFT adapters: load one, add LoRA, merge one into its base, a base in 4 bits. Skip this file at first."""
+"""PEFT adapters: load one, add LoRA, merge one into its base, a base in 4 bits."""
 
 import warnings
 from importlib.util import find_spec

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from tract.models import decode, device
 
-READ = 2048  # tokens of texts that are read at a time: more would be no faster
+READ_TOKENS = 2048  # tokens of texts that are read at a time: more would be no faster
 
 
 class Batch(NamedTuple):  # rows being written, padded on the left
@@ -20,15 +20,15 @@ class Batch(NamedTuple):  # rows being written, padded on the left
 
 def left_pad(texts: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Pad ids on the left; returns them and a mask that is 1 where there is text, both (B, T)."""
-    columns = max(2, *map(len, texts))
+    columns = max(2, *map(len, texts))  # all but the last go into the cache, which can't be empty
     ids = [[0] * (columns - len(text)) + text for text in texts]
     mask = [[0] * (columns - len(text)) + [1] * len(text) for text in texts]
     return torch.tensor(ids, device=device()), torch.tensor(mask, device=device())
 
 
 def read_prompts(model, prompts: list[list[int]]) -> Batch:
-    """Fill a cache with prompts, all but the last token of each, about READ tokens at a time."""
-    if len(prompts) > 1 and sum(map(len, prompts)) > READ:
+    """Fill a cache with prompts, all but the last token of each, about READ_TOKENS tokens at a time."""
+    if len(prompts) > 1 and sum(map(len, prompts)) > READ_TOKENS:
         half = len(prompts) // 2
         return join(read_prompts(model, prompts[:half]), read_prompts(model, prompts[half:]))
     ids, mask = left_pad(prompts)
@@ -40,7 +40,8 @@ def read_prompts(model, prompts: list[list[int]]) -> Batch:
 def join(upper: Batch, lower: Batch) -> Batch:
     """Put two batches below each other, padded on the left to the longer."""
     columns = max(upper.mask.shape[1], lower.mask.shape[1])
-    upper, lower = widen(upper, columns), widen(lower, columns)
+    upper = widen(upper, columns)
+    lower = widen(lower, columns)
     for layer, below in zip(upper.cache.layers, lower.cache.layers, strict=True):
         layer.keys = torch.cat([layer.keys, below.keys])
         layer.values = torch.cat([layer.values, below.values])

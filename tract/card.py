@@ -1,4 +1,4 @@
-"""Describe a checkpoint to those who get it, in the README.md of its folder. Skip this file at first."""
+"""Describe a checkpoint to those who get it, in the README.md of its folder."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What is wrong with a record: mistakes that would show after hours, or never. Skip this file at first."""
+"""What is wrong with a record: mistakes that would show after hours, or never."""
 
 import json
 import re
@@ -95,30 +95,33 @@ def check_content(record: dict, grid, need: tuple[str, ...]) -> str | None:
     if verdict:
         remedy = "end it before that (data/prepare_helpers.py cuts feedback so): the score is no part of it"
         return f"field 'cot' holds '{verdict[0].strip()[:60]}'; {remedy}"
-    # CoTs that were written up to other words than those that the score now follows, or for such a prompt
-    rendered = "prompt" in need and record.get("response") is not None
+    # CoTs that end in other words than those before the score now, or a prompt that may ask for other words
+    has_response = "prompt" in need and record.get("response") is not None  # so it may have been rendered
     suffix = grid.suffix.strip()
-    if ("cots" in need or rendered) and record.get("suffix") not in (None, suffix):
+    if ("cots" in need or has_response) and record.get("suffix") not in (None, suffix):
         what = f"its CoTs were to end in '{record['suffix']}', not '{suffix}'"
         return f"{what}; write them anew or set --suffix"
     # A prompt that was rendered for other scores
-    if rendered and record.get("grid") not in (None, str(grid)):
+    if has_response and record.get("grid") not in (None, str(grid)):
         return f"its prompt asks for the scores {record['grid']}, not {grid}; set --grid, or begin anew"
     # Lists that do not hold one entry a CoT, as score_probs of another grid
-    scores = len(grid.tokens)
+    n_scores = len(grid.tokens)
     entry_kinds = {
         "finished": is_bool,
         "cots": is_text,
         "off_grid": is_number,
-        "score_probs": lambda x: are_numbers(x) and len(x) == scores,
+        "score_probs": lambda x: are_numbers(x) and len(x) == n_scores,
     }
-    for field in (name for name in entry_kinds if name in need):
+    for field, is_right in entry_kinds.items():
+        if field not in need:
+            continue
         entries = record[field]
         finished = record["finished"]
         are_lists = isinstance(entries, list) and isinstance(finished, list)
-        are_right = are_lists and len(entries) == len(finished) and all(map(entry_kinds[field], entries))
-        if not are_right or not entries:
-            what = f"{scores} probabilities (is --grid right?)" if field == "score_probs" else "one entry"
+        if not (are_lists and entries and len(entries) == len(finished) and all(map(is_right, entries))):
+            what = "one entry"
+            if field == "score_probs":
+                what = f"{n_scores} probabilities (is --grid right?)"
             return f"field '{field}' does not hold {what} a CoT; make this file with gen_cot.py or predict.py"
     return None
 

@@ -1,4 +1,4 @@
-"""Draw what trainings have logged: a panel a quantity, a colour a run. Skip this at first.
+"""Draw what trainings have logged: a panel a quantity, a colour a run.
 
     python -m tract.curves out/run/stage1 out/run/stage2 --out both.png
 
@@ -7,7 +7,6 @@ A run is its folder OUT; while it still trains, its log is read from OUT.part.
 
 import argparse
 import json
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,22 +24,24 @@ def read_log(out: Path) -> list[dict]:
     for path in (out / "log.jsonl", Path(f"{out}.part/log.jsonl")):
         if path.is_file():
             whole_lines = path.read_bytes().split(b"\n")[:-1]
-            with suppress(ValueError, KeyError, TypeError):
+            try:
                 log = [json.loads(line) for line in whole_lines]
                 for name in PANELS:
-                    points(log, name)  # all that is drawn is there
-                if log:
-                    return log
-            raise InputError(f"{path}: has no step yet, or no training wrote it")
+                    points(log, name)  # fails where a line lacks it
+            except (ValueError, KeyError, TypeError):
+                log = []
+            if not log:
+                raise InputError(f"{path}: has no step yet, or no training wrote it")
+            return log
     raise InputError(f"{out}: no log.jsonl in it or in {out}.part; give the --out of a training")
 
 
 def points(log: list[dict], name: str) -> np.ndarray:
-    """Return steps and values (2, n) of a quantity of PANELS; a step that was not taken has no loss."""
+    """Return steps and values (2, n) of a quantity; a step that was not taken has no loss."""
     if name == "valid":
         pairs = [(line["step"], line["valid"]["rmse"]) for line in log if "valid" in line]
     else:
-        lines = [line for line in log if name in PANELS or name in line]
+        lines = [line for line in log if name in PANELS or name in line]  # of PANELS all, or a KeyError
         pairs = [(line["step"], line[name]) for line in lines if line["taken"] or name == "lr"]
     return np.array(pairs, dtype=float).reshape(-1, 2).T
 
@@ -50,8 +51,10 @@ def draw(logs: dict[str, list[dict]]):
 
     Thin lines are single steps, thick ones means over a fiftieth of the run, dotted ones steps not taken.
     """
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # a $ in the name of a folder is no formula
     panels = PANELS | STAGE_3
     names = [name for name in panels if any(points(log, name).size for log in logs.values())]
     figure = Figure(figsize=(18, 3.5 + len(logs) / 4), layout="constrained")
@@ -71,7 +74,7 @@ def draw(logs: dict[str, list[dict]]):
             skipped = [line["step"] for line in log if not line["taken"]]
             axis.vlines(skipped, 0, 1, color, "dotted", transform=axis.get_xaxis_transform())
     if len(logs) > 1:
-        labels = [name.encode(errors="replace").decode().replace("$", r"\$") for name in logs]
+        labels = [name.encode(errors="replace").decode() for name in logs]
         figure.legend(axes[-1].lines, labels, loc="outside lower center")  # the last panel has a line a run
     return figure
 

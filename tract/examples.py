@@ -1,4 +1,4 @@
-"""What comes before a training: fitting options, data, examples, a plan of its steps. Skip this at first."""
+"""What comes before a training: fitting options, data, examples, a plan of its steps."""
 
 import json
 import os
@@ -64,6 +64,11 @@ def read_examples(
     share = unknown / sum(len(example.ids) for example in examples)
     if share > 0.05:
         print(f"{path}: {share:.0%} of its tokens are unknown words to {args.model}; is --model right?")
+    return leave_out_too_long(path, examples, longest)
+
+
+def leave_out_too_long(path: str, examples: list[Example], longest: int) -> list[Example]:
+    """Return the examples that fit; report the others. Raises InputError where none does."""
     fitting = [example for example in examples if len(example.ids) <= longest]
     if not fitting:
         shortest = min(len(example.ids) for example in examples)

@@ -1,4 +1,4 @@
-"""JSONL in, JSONL out, going on where it was cut off. Skip this file at first.
+"""JSONL in, JSONL out, going on where it was cut off.
 
 A script reads its records with `read_data` and hands their new fields to an `Output`, a chunk at a time.
 """
@@ -39,7 +39,7 @@ def check_writing_options(args) -> None:
         raise InputError("--engine-args: are for --engine vllm")
     if has_to_sample(args) and args.num_cots > 1 and args.temperature < GREEDY:
         raise InputError("--temperature 0: all CoTs of a prompt would be the same; leave --num-cots away")
-    trained = hub.trained(args.model)
+    trained = hub.training_arguments(args.model)
     if trained and trained.get("no_cot") and not args.no_cot:
         raise InputError(f"{args.model}: was trained without CoTs, knows none; use predict.py --no-cot")
     if trained and args.no_cot and not trained.get("no_cot"):
@@ -52,7 +52,7 @@ def read_data(args, needs: tuple[str, ...]) -> list[dict]:
     records = read_records(args.data, args.grid, needs)
     suffix = args.grid.suffix.strip()
     asks_for_result = "[RESULT]" in records[0]["prompt"] and "[RESULT]" not in suffix
-    if asks_for_result and has_to_sample(args) and not hub.trained(args.model):
+    if asks_for_result and has_to_sample(args) and not hub.training_arguments(args.model):
         print(f"{args.data}: prompts ask for [RESULT], CoTs are to end in '{suffix}': --suffix '[RESULT]'?")
     if args.shard is None:
         return records

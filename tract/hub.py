@@ -1,6 +1,6 @@
-"""From a model's name to what its files say of it, here or on the hub. Skip this file at first.
+"""From a model's name to what its files say of it, here or on the hub.
 
-A name is an alias of MODELS, a folder, or a hub id. Of the hub's files only small ones are fetched here.
+A name is an alias of MODELS, a folder, or a hub id. Of the hub's files small ones and adapters are fetched.
 """
 
 import hashlib
@@ -24,8 +24,9 @@ MODELS = {  # what `--model NAME` stands for; any other name is a folder or a hu
 }
 SMALL = ["run.json", "adapter_config.json", "config.json", "tokenizer_config.json"]
 ADAPTER = [*SMALL, "adapter_model.*", "tokenizer*", "*_tokens*", "chat_template*", "vocab*", "merges.txt"]
-READ = [*SMALL, "*config.json", "*tokens*.json", "tokenizer*", "vocab*", "merges.txt"]  # of a model's folder
-READ += ["*.jinja", "*.model", "*.safetensors*", "adapter_model.bin"]
+# What tells one model's folder from another's
+IDENTIFYING = ["run.json", "*config.json", "*tokens*.json", "tokenizer*", "vocab*", "merges.txt", "*.jinja"]
+IDENTIFYING += ["*.model", "*.safetensors*", "adapter_model.bin"]
 
 
 def one_line(error: Exception, length: int = 200) -> str:
@@ -108,7 +109,7 @@ def read(name: str, file: str, offline: bool = False) -> dict:
     return read_json(folder / file) if folder else {}
 
 
-def trained(name: str, offline: bool = False) -> dict:
+def training_arguments(name: str, offline: bool = False) -> dict:
     """Return the arguments of the training that made a model; {} without a run.json of this repository."""
     arguments = read(name, "run.json", offline).get("arguments")
     keys = ("grid", "suffix", "model")  # others write a run.json, too
@@ -118,19 +119,21 @@ def trained(name: str, offline: bool = False) -> dict:
 
 def origin(name: str, offline: bool) -> tuple[str, dict]:
     """Return the seed that a model goes back to, and how it was trained: {} or its lora and four_bit."""
-    run = trained(name, offline)
+    arguments = training_arguments(name, offline)
     rank = read(name, "adapter_config.json", offline).get("r")
-    how = {"lora": rank, "four_bit": bool(rank and run.get("four_bit"))} if run or rank else {}
-    line = [name]  # itself, what it was trained from, what that was trained from
-    while run and run["model"] not in line:
-        line.append(run["model"])
-        run = trained(line[-1], offline=True)
-    return line[-1], how
+    adapter = {}
+    if arguments or rank:
+        adapter = {"lora": rank, "four_bit": bool(rank and arguments.get("four_bit"))}
+    ancestors = [name]  # itself, what it was trained from, what that was trained from
+    while arguments and arguments["model"] not in ancestors:
+        ancestors.append(arguments["model"])
+        arguments = training_arguments(ancestors[-1], offline=True)
+    return ancestors[-1], adapter
 
 
 def training_data(name: str) -> str:
     """Return the file that a model was trained on. Raises InputError if that is not known, or has changed."""
-    path = trained(name).get("data")
+    path = training_arguments(name).get("data")
     if path is None:
         raise InputError(f"{name}: was not trained here; name the records with --data")
     if not Path(path).is_file() or sha256(path) != read(name, "run.json").get("inputs", {}).get("data"):
@@ -140,7 +143,7 @@ def training_data(name: str) -> str:
 
 def is_four_bit(name: str) -> bool:
     """Tell whether a model is an adapter that was trained here on a base in 4 bits, and so needs that."""
-    return bool(trained(name).get("four_bit") and read(name, "adapter_config.json"))
+    return bool(training_arguments(name).get("four_bit") and read(name, "adapter_config.json"))
 
 
 def base_of(name: str) -> str | None:
@@ -174,5 +177,5 @@ def identity(name: str | None) -> dict:
         return {}
     folder = folder_of(name, offline=True)
     if Path(name).is_dir():
-        return {path.name: sha256(path) for pattern in READ for path in folder.glob(pattern)}
+        return {path.name: sha256(path) for pattern in IDENTIFYING for path in sorted(folder.glob(pattern))}
     return {"name": resolve(name), "revision": folder.name if folder else None}

@@ -28,34 +28,37 @@ def half_width(errors: np.ndarray, level: int) -> float | None:
     return float(np.sort(errors)[rank - 1]) if rank <= len(errors) else None
 
 
-def around(predictions: np.ndarray | float, half_width: float, grid: Grid) -> np.ndarray:
-    """Return the ends (2, …) of intervals around predictions (…), kept to the range of the grid."""
-    return np.clip([predictions - half_width, predictions + half_width], grid.values[0], grid.values[-1])
+def around(predictions: np.ndarray | float, reach: float, grid: Grid) -> np.ndarray:
+    """Return the ends (2, …) of intervals around predictions (…): `reach` to each side, inside the grid."""
+    return np.clip([predictions - reach, predictions + reach], grid.values[0], grid.values[-1])
 
 
 def calibrate(path: str, file: Predictions, seed: int, groups: list) -> dict:
     """Return the half-widths by all n records, and how those by one half of them fare on the other.
 
-    inside: the share of true scores in their interval; width: its mean. A level that half are too few for is
-    None. way: how these were judged, as far as rows and NAME.run.json say. groups: which group each record
-    is of; a group is on one half as a whole, and counts as one where a level needs so many.
+    inside: the share of true scores in their interval; width: its mean. A level for which half of the groups
+    are too few is None. way: how these were judged, as far as rows and NAME.run.json say. groups: which group
+    each record is of; a group is on one half as a whole, and counts as one where a level needs so many.
     """
     rows, grid = file
     predictions = np.array([row["prediction"] for row in rows], dtype=float)
     errors = np.abs(predictions - [row["score"] for row in rows])
-    names = np.unique(groups)
-    _, names_of_half = np.array_split(np.random.default_rng(seed).permutation(names), 2)
-    half = np.isin(groups, names_of_half)
+    drawn = np.random.default_rng(seed).permutation(np.unique(groups))
+    groups_of_half = drawn[(len(drawn) + 1) // 2 :]
+    in_half = np.isin(groups, groups_of_half)
     run = read_run_json(path)
     way = {name: run[name] for name in WAY if name in run}
     way |= {name: value for name, value in run.get("inputs", {}).items() if name != "data"}
     way |= {"grid": str(grid), "renormalise": rows[0]["renormalised"], "num_cots": len(rows[0]["finished"])}
     found = {"n": len(rows), "way": way, "80 %": None, "90 %": None}
     for level in (80, 90):
-        if rank_of(len(names_of_half), level) <= len(names_of_half):
-            by_half = half_width(errors[half], level)
-            low, high = around(predictions[~half], by_half, grid)
-            tested = {"inside": float(np.mean(errors[~half] <= by_half)), "width": float(np.mean(high - low))}
+        if rank_of(len(groups_of_half), level) <= len(groups_of_half):
+            reach = half_width(errors[in_half], level)
+            low, high = around(predictions[~in_half], reach, grid)
+            tested = {
+                "inside": float(np.mean(errors[~in_half] <= reach)),
+                "width": float(np.mean(high - low)),
+            }
             found[f"{level} %"] = {"half_width": half_width(errors, level)} | tested
     return found
 
@@ -81,14 +84,18 @@ def read(args) -> dict | None:
         found = entry["intervals"]
         way = dict(found["way"])
         n = found["n"]
-        at_90 = found["90 %"] and float(found["90 %"]["half_width"])
+        at_90 = found["90 %"]
+        if at_90 is not None:
+            float(at_90["half_width"])  # which `fields` will read
     except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError(f"{name}: no metrics.json of one judge; let eval.py make it of one file") from None
     asked = arguments(args)
     for group, model in (("model", args.model), ("base", hub.base_of(args.model))):
-        asked |= {f"{group} {part}": value for part, value in hub.identity(model).items()}
+        asked |= {f"{group} {file}": value for file, value in hub.identity(model).items()}
+    if args.given == "cots":
+        way.pop("num_cots", None)  # then the records say how many
     for option, value in way.items():
-        if asked.get(option) != value and (option, args.given) != ("num_cots", "cots"):
+        if asked.get(option) != value:
             what = f"{option} was {value!r:.40}, is {asked.get(option)!r:.40}"
             raise InputError(f"{name}: {what}; calibrate with predictions made in the same way")
     if at_90 is None:

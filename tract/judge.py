@@ -1,6 +1,6 @@
-"""Judge from Python: `Judge("out/stage2")(instruction=…, response=…, rubric=…)`. Skip this file at first.
+"""Judge from Python: `Judge("out/stage2")(instruction=…, response=…, rubric=…)`.
 
-Its first half is shared with predict.py, which does the same from file to file.
+Its first half is shared with predict.py, which does the same from file to file, and with rollout.py.
 """
 
 import json
@@ -76,8 +76,8 @@ def predict_from(
 class Judge:
     """Judge records as predict.py would, the same way with the same seed; it loads the model once.
 
-    The options are predict.py's, with its defaults: num_cots=4, temperature=0, seed=1, renormalise=True,
-    bf16=False. Grid, suffix and whether there is a CoT come with the checkpoint. Raises InputError.
+    The options are predict.py's, by name, as in num_cots=4, seed=1, renormalise=True, bf16=False. Grid,
+    suffix and whether there is a CoT come with the checkpoint. Raises InputError.
     """
 
     def __init__(self, model: str, **options):
@@ -86,7 +86,7 @@ class Judge:
         known = vars(parser.parse_args([])).keys() - {"model", "data", "out", "shard"}
         if options.keys() - known:
             refuse(f"no option {min(options.keys() - known)}; there are {', '.join(sorted(known))}")
-        if hub.trained(str(model)).get("no_cot"):
+        if hub.training_arguments(str(model)).get("no_cot"):
             options.setdefault("no_cot", True)
         arguments = [f"--model={model}"]
         for name, value in options.items():
@@ -104,7 +104,7 @@ class Judge:
         args.intervals = intervals.read(args)
         check_writing_options(args)
         self.args = args
-        self.model = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
+        self.loaded = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
 
     def __call__(self, records: list[dict] | dict | None = None, **record) -> dict | list[dict]:
         """Return a record with the fields of predict.py, or a list of such for a list. Raises InputError."""
@@ -122,9 +122,9 @@ class Judge:
         if not rows:
             return []
         args = self.args
-        tokenizer = self.model.tokenizer
+        tokenizer = self.loaded.tokenizer
         samples_cots = has_to_sample(args)
-        longest = longest_prompt(self.model, args)
+        longest = longest_prompt(self.loaded, args)
         prompts = []
         cots = []  # of each record
         for number, row in enumerate(rows, 1):
@@ -136,9 +136,9 @@ class Judge:
             if length > longest:
                 raise InputError(f"record {number}: has {length} tokens, more than {longest}; shorten it")
         if samples_cots:
-            cots = write_cots(self.model, rows, prompts, args, args.batch_size)
+            cots = write_cots(self.loaded, rows, prompts, args, args.batch_size)
         judged = []
-        predicted_fields = predict_from(self.model, cots, args.renormalise, args.intervals)
+        predicted_fields = predict_from(self.loaded, cots, args.renormalise, args.intervals)
         for row, fields in zip(rows, predicted_fields, strict=True):
             kept = {name: value for name, value in row.items() if name not in PREDICTED}
             judged.append(kept | fields)

@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer, run its decoder and head; refuse what these can't follow. Skip at first."""
+"""Load a model and its tokenizer, run its decoder and head; refuse what these can't follow."""
 
 from pathlib import Path
 
@@ -36,7 +36,8 @@ def has_bf16() -> bool:
 
 def load_tokenizer(name: str):
     """Load a tokenizer; its `positions` are the tokens that the model was made for. Raises InputError."""
-    folder, base = folder_of(name), base_of(name)
+    folder = folder_of(name)
+    base = base_of(name)
     if Path(name).is_dir() and not base and not (folder / "config.json").is_file():
         raise InputError(f"{name}: a folder without config.json; give the --out of a training stage")
     borrows = base and not (folder / "tokenizer_config.json").is_file()
@@ -80,7 +81,7 @@ def load_model(name: str, dtype: torch.dtype, trainable: bool = False, four_bit:
     except InputError:
         raise
     except Exception as error:  # models can raise anything
-        if base:
+        if base:  # which has passed by itself: it is the adapter that fails
             raise refusal(name, error) from None
         what = "keeps more than keys and values; choose another model"
         raise InputError(f"{name}: {what} ({one_line(error)})") from None
@@ -153,14 +154,14 @@ def next_token_logits(model, hidden_states: Tensor, score_ids: Tensor) -> Tensor
     """
     layer = model.get_output_embeddings()
     logits = layer(hidden_states)
-    if logits.dtype == torch.float32 or not isinstance(layer, torch.nn.Linear):  # a wrapped one is more
-        return logits.float()
+    is_rounded = logits.dtype != torch.float32
     logits = logits.float()
-    with torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
-        weight = layer.weight[score_ids].float()  # (S, D)
-        bias = None if layer.bias is None else layer.bias[score_ids].float()
-        # .data: the values alone are replaced, the gradient goes through the product above
-        logits.data[..., score_ids] = F.linear(hidden_states.float(), weight, bias)
+    if is_rounded and isinstance(layer, torch.nn.Linear):  # one that an adapter wraps stays rounded
+        with torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
+            weight = layer.weight[score_ids].float()  # (S, D)
+            bias = None if layer.bias is None else layer.bias[score_ids].float()
+            # .data: the values alone are replaced, the gradient goes through the product above
+            logits.data[..., score_ids] = F.linear(hidden_states.float(), weight, bias)
     return logits
 
 

@@ -1,6 +1,6 @@
-"""The options of the scripts that run a model, with their defaults. Skip this file at first.
+"""The options of the scripts that run a model, with their defaults.
 
---grid and --suffix become a Grid by `choose_grid`; otherwise args holds what --help says.
+--grid and --suffix become a Grid by `choose_grid`, --intervals what its file says; None may be filled in.
 """
 
 import argparse
@@ -184,7 +184,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def choose_grid(args: argparse.Namespace) -> Grid:
     """Return the grid asked for, else the checkpoint's or the default. Raises InputError."""
-    made = hub.trained(args.model)
+    made = hub.training_arguments(args.model)
     try:
         default = Grid.parse(made["grid"], made["suffix"]) if made else Grid()
     except InputError as error:

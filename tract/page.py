@@ -1,4 +1,4 @@
-"""The page report.html: what eval.py prints, its figure, and the records. Skip this file at first."""
+"""The page report.html: what eval.py prints, its figure, and the records."""
 
 import base64
 import json
@@ -16,7 +16,8 @@ def worst(common: dict[str, Predictions]) -> dict[str, Predictions]:
     """Return the records that the page has room for: those with the largest error in one of the files."""
     size = 0
     kept = []
-    records = list(zip(*(file.rows for file in common.values()), strict=True))  # a row of each file
+    columns = [file.rows for file in common.values()]
+    records = list(zip(*columns, strict=True))  # a row of each file
     errors = [max(abs(row["prediction"] - row["score"]) for row in rows) for rows in records]
     for number in sorted(range(len(records)), key=lambda number: -errors[number]):
         for row in records[number]:

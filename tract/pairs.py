@@ -129,12 +129,12 @@ def compare(pairs: list[list[dict]], resamples: int, seed: int) -> list[Group]:
         groups.append(make_group(section, subset, n, means))
         sections.setdefault(section, []).append((n, weight * n, means))
     section_means = []
-    for section, parts in sections.items():
-        weighted = sum(weight * means for _, weight, means in parts)
-        section_means.append(weighted / sum(weight for _, weight, _ in parts))
-        if len(parts) > 1:
-            groups.append(make_group(section, "", sum(n for n, _, _ in parts), section_means[-1]))
-    groups.append(make_group("total", "", len(pairs), sum(section_means) / len(section_means)))
+    for section, subsets_of_section in sections.items():
+        sizes, weights, means = zip(*subsets_of_section, strict=True)
+        section_means.append(np.average(means, axis=0, weights=weights))
+        if len(sizes) > 1:
+            groups.append(make_group(section, "", sum(sizes), section_means[-1]))
+    groups.append(make_group("total", "", len(pairs), np.mean(section_means, axis=0)))
     return groups
 
 

@@ -1,4 +1,4 @@
-"""Train in several processes under torchrun; in one, nothing here does anything. Skip this file at first.
+"""Train in several processes under torchrun; in one, nothing here does anything.
 
 Every process (rank) takes its share of each step. Losses and gradients are divided by the whole step's tokens
 and sequences: their sum over the ranks is what one process would have. Every rank holds the whole model, or
@@ -58,7 +58,8 @@ def micro_batches(examples: list, size: int) -> Iterator[list]:
 def add_up(tensors: list[Tensor]) -> None:
     """Add up tensors over all ranks, in place."""
     if launched():
-        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+        pending = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+        for work in pending:
             work.wait()
 
 

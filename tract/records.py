@@ -86,12 +86,10 @@ class Grid(NamedTuple):
     def nearest(self, score: float) -> int:
         """Return the index of the grid point nearest to `score`, halves up."""
         width = self.values[-1] - self.values[0]
-
-        def order(i: int) -> tuple[float, float]:
-            distance = abs(self.values[i] - score) / width
-            return round(distance, 9), -self.values[i]  # .15 is half-way from .1 to .2, in floats not quite
-
-        return min(range(len(self.values)), key=order)
+        # Rounded, for .15 is half-way from .1 to .2, in floats not quite
+        distances = [round(abs(value - score) / width, 9) for value in self.values]
+        smallest = min(distances)
+        return max(i for i, distance in enumerate(distances) if distance == smallest)
 
 
 def predicted(
@@ -182,12 +180,12 @@ def parse_line(line: bytes, where: str) -> dict:
 
 def tidy(record: dict, number: int) -> dict:
     """Give a record an id, by default the number of its line; ids become texts, null extras are dropped."""
-    record = {"id": None} | record
+    record = {"id": None} | record  # the id comes first in its line
     if record["id"] is None:
         record["id"] = number
     for field in ("id", "pair"):
         if type(record.get(field)) is int:
             record[field] = str(record[field])
     if isinstance(record.get("ratings"), list):  # of raters who gave none
-        record["ratings"] = [rating for rating in record["ratings"] if rating is not None] or None
+        record["ratings"] = [rating for rating in record["ratings"] if rating is not None] or None  # [] goes
     return {field: value for field, value in record.items() if value is not None or field not in EXTRAS}

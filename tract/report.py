@@ -1,4 +1,4 @@
-"""What eval.py leaves behind: lines and tables, a figure, files. Skip this file at first."""
+"""What eval.py leaves behind: lines and tables, a figure, files."""
 
 import io
 import json
@@ -88,14 +88,15 @@ def cell_text(value: dict | float | str | None) -> str:
 
 def draw(common: dict[str, Predictions], report: dict) -> bytes:
     """Return a PNG, a column a file: predicted against true score, and how reliable the distributions are."""
-    import matplotlib
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["text.parse_math"] = False  # a $ in the name of a file or a score is no formula
-    figure, axes = plt.subplots(2, len(common), figsize=(4 * len(common), 7.4), squeeze=False, layout="tight")
-    for (path, (rows, grid)), top, bottom in zip(common.items(), *axes, strict=True):
+    rcParams["text.parse_math"] = False  # a $ in the name of a file or a score is no formula
+    figure = Figure(figsize=(4 * len(common), 7.4), layout="tight")
+    axes = figure.subplots(2, len(common), squeeze=False)
+    for column, (path, (rows, grid)) in enumerate(common.items()):
+        top = axes[0, column]
+        bottom = axes[1, column]
         true = np.array([row["score"] for row in rows], dtype=float)
         values = np.array([row["prediction"] for row in rows], dtype=float)
         jitter = np.random.default_rng(0).uniform(-0.02, 0.02, len(true)) * np.ptp(grid.values)
@@ -118,7 +119,6 @@ def draw(common: dict[str, Predictions], report: dict) -> bytes:
     png = io.BytesIO()
     with warnings.catch_warnings(action="ignore"):  # of letters that the font has not: they become boxes
         figure.savefig(png, dpi=110)
-    plt.close(figure)
     return png.getvalue()
 
 

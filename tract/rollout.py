@@ -1,4 +1,4 @@
-"""What surrounds stage 3: prompts, the model's own CoTs, held-out records, best weights. Skip at first."""
+"""What surrounds stage 3: prompts, the model's own CoTs, held-out records, best weights."""
 
 import argparse
 import math
@@ -11,7 +11,7 @@ import torch
 
 from tract import runs
 from tract.encode import Example, score_tokens
-from tract.examples import plan_epoch
+from tract.examples import leave_out_too_long, plan_epoch
 from tract.files import encode_prompts
 from tract.judge import read_missing_scores
 from tract.models import autocast
@@ -65,11 +65,7 @@ def load_prompts(args, path: str | None, tokenizer) -> list[Example]:
         ids = prompt_ids[record["id"]]
         n = len(ids)  # nothing is supervised yet
         prompts.append(Example(record["id"], ids, start=n, score_position=n, score=float(record["score"])))
-    too_long = [prompt.id for prompt in prompts if len(prompt.ids) > longest]
-    if len(too_long) == len(prompts):
-        raise InputError(f"{path}: all prompts are longer than {longest} tokens; raise --max-length")
-    runs.report(too_long, f"left out, longer than {longest} tokens")
-    return [prompt for prompt in prompts if len(prompt.ids) <= longest]
+    return leave_out_too_long(path, prompts, longest)
 
 
 def plan_steps(prompts: list[Example], size: int, steps: int, seed: int) -> list[list[Example]]:
@@ -91,7 +87,6 @@ def write_own(args, judge: Loaded, prompts: list[Example], when: int | str, num_
     records = [{"id": prompt.id} for prompt in prompts]
     ids = [list(prompt.ids) for prompt in prompts]
     check_weights(args, judge, prompts)
-    judge.model.eval()  # in training mode, gradient checkpointing would turn the cache off
     with autocast(args.bf16):
         # Nothing is kept for a backward pass, so more sequences fit than in training
         cots = write_cots(judge, records, ids, sampling, at_once=8 * args.batch_size)
@@ -101,8 +96,8 @@ def write_own(args, judge: Loaded, prompts: list[Example], when: int | str, num_
 
 
 def check_weights(args, judge: Loaded, prompts: list[Example]) -> None:
-    """Refuse weights that give no finite score. Raises Fault."""
-    judge.model.eval()
+    """Refuse weights that give the first prompt no finite score; put the model into eval mode: Fault."""
+    judge.model.eval()  # in training mode, gradient checkpointing would turn the cache off
     with autocast(args.bf16):
         expected = score(judge, [list(prompts[0].ids)])[0].expected
     if not math.isfinite(expected):

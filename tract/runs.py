@@ -1,4 +1,4 @@
-"""What a run leaves behind, and how it ends: whole files, run.json. Skip this file at first.
+"""What a run leaves behind, and how it ends: whole files, run.json.
 
 Work under way lives in the folder OUT.part and gets its name when it is whole.
 """
@@ -109,15 +109,15 @@ def begin(args: argparse.Namespace) -> tuple[Path, dict, IO]:
         what = "another process is writing this output; wait, or choose another"
         raise InputError(f"{lock.name}: {what}") from None
     check_out(args.out)  # again, for another process may have finished it
-    # Where nothing was done yet, anything may have changed: a model that could not be loaded was mended
-    nothing_done = {path.name for path in part.glob("*")} <= {lock_file.name, settings_file.name}
     earlier = read_json(settings_file)
-    if nothing_done or not earlier:
-        earlier = settings
-    for key in earlier | settings:
-        if earlier.get(key) != settings.get(key):
-            what = f"{key} was {earlier.get(key)!s:.40}, is {settings.get(key)!s:.40}"
-            raise InputError(f"{part}: begun with other settings ({what}); go back to them, or remove it")
+    nothing_done = {path.name for path in part.glob("*")} <= {lock_file.name, settings_file.name}
+    if (
+        earlier and not nothing_done
+    ):  # else anything may have changed: a broken model was mended, for instance
+        for key in earlier | settings:
+            if earlier.get(key) != settings.get(key):
+                what = f"{key} was {earlier.get(key)!s:.40}, is {settings.get(key)!s:.40}"
+                raise InputError(f"{part}: begun with other settings ({what}); go back to them, or remove it")
     write_whole(settings_file, json.dumps(settings))
     return part, settings, lock
 

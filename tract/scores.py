@@ -1,12 +1,11 @@
-"""What eval.py reads: files of predictions, their grids, what is in them. Skip this file at first."""
+"""What eval.py reads: files of predictions, their grids, what is in them."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from tract import runs
-from tract.hub import sha256
+from tract.hub import read_json, sha256
 from tract.records import Grid, InputError, parse_line, predicted, read_records
 
 OFF_GRID = 0.05  # mean off-grid mass above which predictions are not on the scale any more
@@ -53,36 +52,39 @@ def find_grid(path: str, grid: str | None, renormalise: bool) -> tuple[Grid, boo
         raise InputError(f"{path}: no such file; give a JSONL file of predict.py")
     if not Path(path).is_file() or path.encode(errors="replace").decode() != path:
         raise InputError(f"{path}: no plain file with a name in UTF-8; give a JSONL file of predict.py")
-    first = None
-    noted = None
+    said = {}  # what rows say, the grid as text and if it is renormalised → the first line that says so
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             where = f"{path}:{number}"
             row = parse_line(line, where) if line.strip() else {}
-            if "prediction" not in row:
-                continue  # read_records says so
-            if noted is None:
-                noted = {} if row.get("grid") else read_run_json(path)
-            text = row.get("grid") or noted.get("grid") or grid
-            if text is None:
-                options = "--grid, as in 1,2,3,4,5, and with --renormalise if predict.py had it"
-                raise InputError(f"{where}: no 'grid' in it; say which with {options}")
-            renormalised = row.get("renormalised") or noted.get("renormalise") or renormalise
-            try:
-                found = (Grid.parse(str(text)), bool(renormalised))
-            except InputError as error:
-                raise InputError(f"{where}: its 'grid' is none ({error})") from None
-            if first is None:
-                first = found
-            if found != first:
-                differs = "'grid' or 'renormalised' differs from the first record's"
-                raise InputError(f"{where}: {differs}; evaluate the two kinds apart")
-    return first or (Grid(), False)  # where there is none, read_records says so
+            if "prediction" in row:  # where it is missing, read_records says so
+                both = (str(row.get("grid") or ""), bool(row.get("renormalised")))
+                said.setdefault(both, where)
+    noted = {}
+    if any(not text for text, _ in said):
+        noted = read_run_json(path)
+    meant = {}  # the same with a Grid → the line
+    for (text, flag), where in said.items():
+        text_of_grid = text or noted.get("grid") or grid
+        if text_of_grid is None:
+            options = "--grid, as in 1,2,3,4,5, and with --renormalise if predict.py had it"
+            raise InputError(f"{where}: no 'grid' in it; say which with {options}")
+        try:
+            parsed = Grid.parse(str(text_of_grid))
+        except InputError as error:
+            raise InputError(f"{where}: its 'grid' is none ({error})") from None
+        renormalised = bool(flag or noted.get("renormalise") or renormalise)
+        meant.setdefault((parsed, renormalised), where)
+    if len(meant) > 1:
+        where = list(meant.values())[1]
+        differs = "'grid' or 'renormalised' differs from the first record's"
+        raise InputError(f"{where}: {differs}; evaluate the two kinds apart")
+    return next(iter(meant), (Grid(), False))  # where there is none, read_records says so
 
 
 def read_run_json(path: str) -> dict:
-    """Return arguments and facts of NAME.run.json, if it is of this file: `x` and `x.jsonl` have one."""
-    run = runs.read_json(Path(f"{path.removesuffix('.jsonl')}.run.json"))
+    """Return arguments and facts of NAME.run.json, if it is of this file: `x` and `x.jsonl` share it."""
+    run = read_json(Path(f"{path.removesuffix('.jsonl')}.run.json"))
     arguments = run.get("arguments")
     if not isinstance(arguments, dict):
         return {}
@@ -178,8 +180,9 @@ def off_grid_line(rows: list[dict], grid: Grid) -> str:
     return f"{line}. --renormalise divides by the mass on the grid"
 
 
-def reliability(rows: list[dict], grid: Grid, bins: int = 10) -> list[dict]:
+def reliability(rows: list[dict], grid: Grid) -> list[dict]:
     """Return, for each score and bin of its probability, how often it was the (nearest) true score."""
+    bins = 10
     probs = np.array([np.mean(row["score_probs"], axis=0) for row in rows])  # (n, S), mean over the CoTs
     true = np.array([grid.nearest(row["score"]) for row in rows])  # (n,)
     bin_numbers = np.minimum((probs * bins).astype(int), bins - 1)  # (n, S)

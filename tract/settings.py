@@ -1,4 +1,4 @@
-"""What decides a run's result: an interrupted run goes on with just these. Skip this file at first."""
+"""What decides a run's result: an interrupted run goes on with just these."""
 
 import argparse
 import json
@@ -9,9 +9,8 @@ from tract.hub import sha256
 from tract.records import ROOT
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft")
-READS_RESULTS = {
-    f"{name}.py" for name in "eval scores report page pairs curves card".split()
-}  # and makes none
+# Files that read results and make none
+READS_RESULTS = {f"{name}.py" for name in "eval scores report page pairs curves card".split()}
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("tract/*.py"), *ROOT.glob("tract/*.txt")]
 CODE = sorted(path for path in FILES if path.name not in READS_RESULTS)
 FREE = {"out", "dry_run", "save_every", "model", "engine_args"}  # do not decide, or not by themselves
@@ -23,8 +22,10 @@ FREE_OF_VLLM = set(
 
 def versions(args: argparse.Namespace) -> dict[str, str]:
     """Return the versions of the libraries that decide; bitsandbytes is one where the base is in 4 bits."""
-    four_bit = getattr(args, "four_bit", False) or hub.is_four_bit(args.model)
-    return {name: metadata.version(name) for name in (*LIBRARIES, *["bitsandbytes"] * four_bit)}
+    libraries = [*LIBRARIES]
+    if getattr(args, "four_bit", False) or hub.is_four_bit(args.model):
+        libraries.append("bitsandbytes")
+    return {name: metadata.version(name) for name in libraries}
 
 
 def arguments(args: argparse.Namespace) -> dict:

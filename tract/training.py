@@ -1,4 +1,4 @@
-"""What surrounds a training that may be cut off at any moment: state, log, signals. Skip this at first."""
+"""What surrounds a training that may be cut off at any moment: state, log, signals."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def save_checkpoint(args, model, tokenizer, part: Path, settings: dict, started:
     if ranks.rank():
         return
     log = curves.read_log(part)
-    skipped = sum(not line["taken"] for line in log)
+    skipped = len([line for line in log if not line["taken"]])
     if skipped:
         print(f"{skipped} of {len(log)} steps were not finite and not taken, see log.jsonl")
     if skipped == len(log):

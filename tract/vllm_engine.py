@@ -5,12 +5,11 @@ Token ids go in as training encodes them, with the sampling settings, the suffix
 CoT. CoTs differ from those of writing.py, for vLLM draws other random numbers; the scores of a CoT do not.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator
 
 from loss import Rail
-from tract import hub
+from tract import hub, runs
 from tract.records import InputError
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM has room for
@@ -33,7 +32,7 @@ class Engine:
         self.adapter = None
         if base:
             config = hub.read(name, "adapter_config.json")
-            rank = max(config.get("r", 0), *config.get("rank_pattern", {}).values(), 0)
+            rank = max([config.get("r", 0), *config.get("rank_pattern", {}).values()])
             rooms = [room for room in LORA_RANKS if room >= rank]
             if config.get("peft_type") != "LORA" or not rooms:
                 raise InputError(f"{name}: vLLM takes LoRA of rank 512 or less; use --engine torch")
@@ -73,7 +72,7 @@ class Engine:
                 max_tokens=min(args.max_new_tokens, room - len(text)),
                 stop=[judge.grid.suffix.strip()],
                 include_stop_str_in_output=True,
-                seed=int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]),
+                seed=runs.seed_of(name) >> 31,  # of which vLLM takes 32 bits
             )
             params.append(settings)
         for row, answer in enumerate(self.run(texts, params)):

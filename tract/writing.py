@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from loss import Rail, rail
 from tract import models, runs
-from tract.batch import READ, Batch, join, keep, left_pad, read_prompts
+from tract.batch import READ_TOKENS, Batch, join, keep, left_pad, read_prompts
 from tract.encode import encode_prefix, score_tokens
 from tract.models import decode, device, head, next_token_logits
 from tract.records import Grid
@@ -43,7 +43,7 @@ class Loaded(NamedTuple):  # a model with all it takes to write CoTs and to read
 
 
 def load_judge(name: str, grid: Grid, bf16: bool, engine="torch", engine_args=(), model=None) -> Loaded:
-    """Load what the options of these names ask for, or all but a `model` in training. Raises InputError."""
+    """Load tokenizer and model, but for a `model` in training, which is taken as it is. Raises InputError."""
     tokenizer = models.load_tokenizer(name)
     suffix_ids, score_ids = score_tokens(tokenizer, grid)
     scores = models.score_tensors(score_ids, grid)
@@ -55,8 +55,8 @@ def load_judge(name: str, grid: Grid, bf16: bool, engine="torch", engine_args=()
     model = model or models.load_model(name, torch.bfloat16 if bf16 else torch.float32)
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]  # Llama-3 has several
-    ends = {tokenizer.eos_token_id, *ends} - {None}
-    return Loaded(model, tokenizer, grid, suffix_ids, sorted(ends), scores, is_vllm=False)
+    ends = sorted({tokenizer.eos_token_id, *ends} - {None})
+    return Loaded(model, tokenizer, grid, suffix_ids, ends, scores, is_vllm=False)
 
 
 def sample(logits: Tensor, so_far: Tensor, uniform: Tensor, args) -> Tensor:
@@ -73,7 +73,7 @@ def sample(logits: Tensor, so_far: Tensor, uniform: Tensor, args) -> Tensor:
         return logits.argmax(-1)
     logits = logits / args.temperature
     probs, mass, ids = likeliest(logits, NUCLEUS)  # sorting all can take longer than the model's step
-    if not bool((mass[:, -1] >= args.top_p).all()):
+    if (mass[:, -1] < args.top_p).any():
         probs, mass, ids = likeliest(logits, logits.shape[-1])
     in_nucleus = (mass - probs) < args.top_p  # what lies before a token is not enough yet
     nucleus_mass = torch.where(in_nucleus, probs, 0).sum(-1)
@@ -97,53 +97,54 @@ def random_numbers(name: str, n: int) -> Tensor:
 
 @torch.inference_mode()
 def write(judge: Loaded, prompts: list[list[int]], names: list[str], args, at_once: int) -> Iterator[tuple]:
-    """Sample a CoT for each name until the suffix, an end of sequence or the limit, `at_once` rows at a time.
+    """Sample a CoT for each name until the suffix, an end of sequence or the limit.
 
-    CoT c is of prompt c // args.num_cots. Yields c, its ids and the score distribution (Rail) after them.
+    CoT c is of prompt c // args.num_cots; those of a prompt are written together, some `at_once` in all.
+    Yields c, its ids and the score distribution (Rail) after them.
     """
     suffix = judge.suffix_ids
     num_cots = args.num_cots
     room = judge.tokenizer.positions - len(suffix) - 2  # suffix and score still have to fit
-    limits = [min(args.max_new_tokens, room - len(prompts[cot // num_cots])) for cot in range(len(names))]
+    limits = [min(args.max_new_tokens, room - len(prompts[c // num_cots])) for c in range(len(names))]
     uniform = torch.stack([random_numbers(name, max(limits) + 1) for name in names]).to(device())
     batch = None
-    cots = []  # which CoT each row of the batch is
-    written = []  # how many tokens it has
+    numbers = []  # c of each row of the batch
+    lengths = []  # how many tokens it has written
     prompts_read = 0
-    while cots or prompts_read < len(prompts):
-        free_rows = max(at_once, num_cots) - len(cots)
-        new_prompts = min(free_rows // num_cots, len(prompts) - prompts_read)
-        if new_prompts and 4 * len(cots) <= 3 * at_once:  # a quarter is free: it is worth a pass
-            new = read_prompts(judge.model, prompts[prompts_read : prompts_read + new_prompts])
-            new = keep(new, [row // num_cots for row in range(new_prompts * num_cots)])
-            batch = join(batch, new) if cots else new
-            cots += range(prompts_read * num_cots, (prompts_read + new_prompts) * num_cots)
-            written += [0] * (new_prompts * num_cots)
-            prompts_read += new_prompts
+    while numbers or prompts_read < len(prompts):
+        free_rows = max(at_once, num_cots) - len(numbers)
+        n_new = min(free_rows // num_cots, len(prompts) - prompts_read)
+        if n_new and 4 * len(numbers) <= 3 * at_once:  # a quarter is free: it is worth a pass
+            new = read_prompts(judge.model, prompts[prompts_read : prompts_read + n_new])
+            new = keep(new, [row // num_cots for row in range(n_new * num_cots)])  # a row for each CoT
+            batch = join(batch, new) if numbers else new
+            numbers += range(prompts_read * num_cots, (prompts_read + n_new) * num_cots)
+            lengths += [0] * (n_new * num_cots)
+            prompts_read += n_new
 
         mask = F.pad(batch.mask, (0, 1), value=1)
         hidden = decode(judge.model, batch.cache, batch.ids[:, -1:], mask)[:, -1]  # (B, D)
         logits = head(judge.model, hidden)  # (B, V)
         done = []  # rows
         for row, tail in enumerate(batch.ids[:, -len(suffix) :].tolist()):
-            reached_suffix = written[row] >= len(suffix) and tail == suffix
-            wrote_eos = written[row] > 0 and tail[-1] in judge.ends
-            hit_limit = written[row] == limits[cots[row]]
+            reached_suffix = lengths[row] >= len(suffix) and tail == suffix
+            wrote_eos = lengths[row] > 0 and tail[-1] in judge.ends
+            hit_limit = lengths[row] == limits[numbers[row]]
             if reached_suffix or wrote_eos or hit_limit:
                 done.append(row)
         if done:
             for row, scores in zip(done, read_scores(judge, hidden[done]), strict=True):
                 ids = batch.ids[row].tolist()
-                yield cots[row], ids[len(ids) - written[row] :], scores
+                yield numbers[row], ids[len(ids) - lengths[row] :], scores
 
-        so_far = torch.where(mask > 0, batch.ids, batch.ids[:, -1:])
-        token = sample(logits, so_far, uniform[cots, written], args)  # ignored where a row is done
+        so_far = torch.where(mask > 0, batch.ids, batch.ids[:, -1:])  # padding is not to be penalised
+        token = sample(logits, so_far, uniform[numbers, lengths], args)  # ignored where a row is done
         batch = Batch(batch.cache, mask, torch.cat([batch.ids, token[:, None]], 1))
-        going = [row for row in range(len(cots)) if row not in done]
+        going = [row for row in range(len(numbers)) if row not in done]
         if done:
             batch = keep(batch, going)
-        cots = [cots[row] for row in going]
-        written = [written[row] + 1 for row in going]
+        numbers = [numbers[row] for row in going]
+        lengths = [lengths[row] + 1 for row in going]
 
 
 def read_scores(judge: Loaded, hidden: Tensor) -> list[Rail]:
@@ -159,7 +160,7 @@ def score(judge: Loaded, texts: list[list[int]]) -> list[Rail]:
     if judge.is_vllm:
         return judge.model.score(judge, texts)
     found = []
-    at_once = max(1, READ // max(map(len, texts), default=1))
+    at_once = max(1, READ_TOKENS // max(map(len, texts), default=1))
     for start in range(0, len(texts), at_once):
         ids, mask = left_pad(texts[start : start + at_once])
         hidden = decode(judge.model, DynamicCache(), ids, mask)[:, -1]  # (B, D)
@@ -180,10 +181,9 @@ def write_cots(judge: Loaded, records: list[dict], prompts: list, args, at_once:
     """Write args.num_cots CoTs for each record, with the scores that came with them, where those hold."""
     num_cots = args.num_cots
     names = [f"{args.seed}/{record['id']}/{k}" for record in records for k in range(num_cots)]
+    written = write(judge, prompts, names, args, at_once)
     if judge.is_vllm:
         written = judge.model.write(judge, prompts, names, args)
-    else:
-        written = write(judge, prompts, names, args, at_once)
     cots = []
     for number, ids, scores in sorted(written):
         prompt = prompts[number // num_cots]

@@ -20,7 +20,8 @@ TASKS = {
     "feedbackqa": "FeedbackQA",
     "saf": "SAF",
 }
-SHOWN = ("pearson", "rmse")
+FRONT = ("Interpretable STS", "FeedbackQA")  # in the README's table
+NAMES = {"pearson": "r", "rmse": "RMSE"}
 LINES = [  # label, row, reading
     ("untrained model, RAIL", "seed-no-cot", "rail"),
     ("untrained model, CoT-RAIL", "seed", "rail"),
@@ -64,20 +65,21 @@ def tests_in(reports: list[dict]) -> list[Tested]:
     return tests
 
 
-def overview(tests: list[Tested]) -> str:
-    """Return one table of all tests: baselines and methods, each with r and RMSE."""
+def overview(tests: list[Tested], *metrics: str) -> str:
+    """Return one table of all tests: baselines and methods, each with these metrics."""
     head = ["method, prediction"]
-    baselines = {}  # label → name of the test → r, RMSE
+    baselines = {}  # label → name of the test → numbers
     methods = {label: {} for label, _, _ in LINES}
     for test in tests:
-        head += [f"{test.name}: r", "RMSE"]
+        first, *rest = (NAMES[metric] for metric in metrics)
+        head += [f"{test.name}: {first}", *rest]
         for label, values in test.baselines.items():
-            baselines.setdefault(f"*{label}*", {})[test.name] = [f"{values[m]:.3f}" for m in SHOWN]
+            baselines.setdefault(f"*{label}*", {})[test.name] = [f"{values[m]:.3f}" for m in metrics]
         for label, row, reading in LINES:
-            methods[label][test.name] = [test.cells.mean(row, metric, reading) for metric in SHOWN]
+            methods[label][test.name] = [test.cells.mean(row, metric, reading) for metric in metrics]
     rows = []
     for label, numbers in (baselines | methods).items():
-        row = [number for test in tests for number in numbers.get(test.name, ["", ""])]
+        row = [number for test in tests for number in numbers.get(test.name, [""] * len(metrics))]
         if any(row):
             rows.append([label, *row])
     return table(head, rows)
@@ -94,12 +96,12 @@ def tables(test: Tested) -> str:
         interval = "[{low:.3f}, {high:.3f}]".format(**cell["pearson"])
         r = f"{cells.mean(row, 'pearson', reading)} {interval}"
         rmse = cells.mean(row, "rmse", reading)
-        five_cots = [cells.mean(row, metric, f"{reading}@5") for metric in SHOWN]
-        to_tract = [cells.difference(row, metric, reading) for metric in SHOWN]
+        five_cots = [cells.mean(row, metric, f"{reading}@5") for metric in NAMES]
+        to_tract = [cells.difference(row, metric, reading) for metric in NAMES]
         tied = f"{100 * cell['tied']:.1f} %" if reading == "decoded" else ""
         rows.append([label, len(cell["seeds"]), tied, r, rmse, *five_cots, *to_tract])
     for name, values in test.baselines.items():
-        r, rmse = (f"{values[metric]:.3f}" for metric in SHOWN)
+        r, rmse = (f"{values[metric]:.3f}" for metric in NAMES)
         rows.append([f"*{name}*", "", "", r, rmse, "", "", "", ""])
     records = f"{test.records} records"
     resampled = "records"
@@ -168,7 +170,8 @@ def main() -> None:
     given = [json.loads(path.read_text("utf-8")) for path in args.metrics]
     tests = tests_in(given)
     parts = [f"## {test.name}\n\n{tables(test)}" for test in tests]
-    text = "\n".join([overview(tests), *parts])
+    front = [test for test in tests if test.name in FRONT]
+    text = "\n".join([overview(front, *NAMES), overview(tests, "pearson"), *parts])
     (args.out / "tables.md").write_text(text, "utf-8")
     draw(tests, args.out / "figure.png")
     print(text)
