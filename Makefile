@@ -86,7 +86,7 @@ ablations: | .venv/run
 	$(RUN) bench/ablations.py --rows $(ROWS) --seeds $(SEEDS)
 	$(RUN) results/ablations/draw.py out/ablations/metrics.json
 
-real: $(TASKS:%=$(REAL)/%/train.jsonl) | $(REAL)/smollm2
+real: $(sort $(patsubst %,$(REAL)/%/train.jsonl,$(TASKS:ists-cpu=ists))) | $(REAL)/smollm2
 	for task in $(TASKS); do $(RUN) bench/real.py $$task --seeds $(REAL_SEEDS) $(if $(JOBS),--jobs $(JOBS)) || exit; done
 	$(RUN) results/real/draw.py $(TASKS:%=$(REAL)/%/metrics.json) --out $(REAL)
 

@@ -14,7 +14,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
 import runpy
 import sys
 from collections.abc import Iterable, Sequence
@@ -32,8 +31,10 @@ from data.tiny import ideal
 from eval import draw_resamples, interval
 from loss import two_hot
 from tract import runs
+from tract.hub import sha256
 from tract.records import ROOT, InputError, read_records
 from tract.scores import find_grid
+from tract.settings import CODE
 
 # What a step makes → its command. @NAME is where NAME lies; `commands_of` adds the settings, --seed and --out
 STEPS = {
@@ -186,7 +187,10 @@ def commands_of(folder: str, seed: int, tests: dict, setup: Setup, kept: Iterabl
             arguments = f"{options(setup.train | setup.rows.get(name, {}))} {arguments}"
         else:
             arguments = f"{setup.judge} {arguments}"
-        words = re.sub(r"@(\S+)", lambda match: make(match[1]), arguments).split()
+        words = []
+        for word in arguments.split():
+            is_made = word.startswith("@")  # before what reads it
+            words.append(make(word.removeprefix("@")) if is_made else word)
         commands[path] = " ".join(["python", script, *words, f"--seed {seed} --out {out}"])
         return path
 
@@ -205,6 +209,10 @@ def run_command(out: str, command: str, threads: int) -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def hashes_of(paths: Iterable[Path]) -> list[str]:
+    return [sha256(path) for path in paths]
+
+
 def run_all(commands: dict[str, str], jobs: int) -> None:
     """Run what is not there yet, each command after what it reads. Raises InputError or Fault."""
     for out, command in commands.items():
@@ -216,13 +224,20 @@ def run_all(commands: dict[str, str], jobs: int) -> None:
     running = {}  # sentinel of a process → what it makes, the process
     threads = max(1, (os.cpu_count() or 1) // jobs)
     fork = multiprocessing.get_context("fork")
+    code = hashes_of(CODE)
     with runs.progress(len(commands), len(commands) - len(waiting), "ablations", "command") as bar:
         while waiting or running:
             unmade = {*waiting, *(out for out, _ in running.values())}
             ready = [out for out in waiting if unmade.isdisjoint(commands[out].split()[:-1])]
             for out in ready[: jobs - len(running)]:
+                if code != hashes_of(
+                    CODE
+                ):  # forks have what was imported, and would read new scripts beside it
+                    raise runs.Fault(
+                        "the code has changed since this began; the same command goes on with today's"
+                    )
                 waiting.remove(out)
-                process = fork.Process(target=run_command, args=(out, commands[out], threads))
+                process = fork.Process(target=run_command, args=(out, commands[out], threads), daemon=True)
                 process.start()
                 running[process.sentinel] = (out, process)
             for sentinel in connection.wait(running):
@@ -419,6 +434,13 @@ def predict(args, tests: dict, setup: Setup) -> list[str]:
     return folders
 
 
+def write_report(args, report: dict) -> Path:
+    """Write metrics.json, or of another split than the test metrics-SPLIT.json; returns its path."""
+    name = "metrics.json" if args.split == "test" else f"metrics-{args.split}.json"
+    runs.write_whole(args.out / name, json.dumps(report, indent=1) + "\n")
+    return args.out / name
+
+
 def main() -> None:
     parser = make_parser(__doc__, [*GROUPS, *ROWS], "out/ablations")
     parser.set_defaults(rows=[*GROUPS])
@@ -427,13 +449,13 @@ def main() -> None:
     rows = [name for row in args.rows for name in GROUPS.get(row, [row])]
     files = FILES if args.split == "test" else [args.split]
     tests = tests_of(rows, files)
-    report = {"settings": SETTINGS, "seeds": args.seeds}
+    report = {"split": args.split, "settings": SETTINGS, "seeds": args.seeds}
     report |= summarise(predict(args, tests, SETUP), tests, files)
     report["ideal"] = {
         name: ideal.metrics(f"data/tiny/{name}.jsonl", real="real" in name) for name in report["records"]
     }
-    runs.write_whole(args.out / "metrics.json", json.dumps(report, indent=1) + "\n")
-    print(f"{args.out}/metrics.json; python results/ablations/draw.py {args.out}/metrics.json draws it")
+    path = write_report(args, report)
+    print(f"{path}; python results/ablations/draw.py {path} draws it")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,16 @@
 """Compute what TRACT costs in GPU hours, from FLOPs and bytes alone: by model, records, CoTs and GPUs.
 
-    python bench/cost.py             # the tables of docs/scale.md
-    python bench/cost.py --measure   # against times of small models on this device; five minutes
+    python bench/cost.py    # the tables of docs/scale.md
 
-Lengths are those of MT-Bench judgements (../docs/speed.md). --measure asks whether time follows FLOPs and
-bytes as sizes change, whatever share of a GPU's peaks is reached.
+Lengths are those of MT-Bench judgements (../docs/speed.md).
 """
 
-import argparse
-import statistics
-import time
-
 import torch
-from memory import SHAPES, estimate, train_random  # which puts the repository into sys.path
+from memory import SHAPES, estimate  # which puts the repository into sys.path
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from results.tables import table
-from tract import models, runs
-from tract.batch import read_prompts
+from tract import runs
 
 PROMPT = 1200  # tokens
 COT = 130
@@ -59,10 +52,10 @@ def training(config, lora: bool, checkpointing: bool, prompt: int = PROMPT, cot:
     return passes * reading(config, prompt + cot, cot)
 
 
-def writing(config, rows: int, prompt: int = PROMPT, cot: int = COT) -> float:
+def writing(config, rows: int) -> float:
     """Return the bytes that are read for each token written: a share of the weights, and keys and values."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * width * (prompt + cot / 2)
+    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * width * (PROMPT + COT / 2)
     return 2 * (sum(weights_of(config)) / rows + cached)
 
 
@@ -74,7 +67,7 @@ def hours(config, lora: bool, records: int) -> list[float]:
     return [stage, records * (prompt + cot), stage, 1e4 * (prompt + cot)]
 
 
-def print_tables() -> None:
+def main() -> None:
     """Print hours by model, hours by records and GPUs, and what --fsdp leaves on each GPU."""
     rows = []
     for name, config in MODELS.items():
@@ -99,53 +92,6 @@ def print_tables() -> None:
         rows.append([name, *(f"{x:.0f}" for x in shares), *(f"{x:.2f}" for x in (step, *exchange))])
     head = ["--fsdp: GiB a GPU, on", "1", "2", "4", "8", "32 GPUs", "s to compute a sequence"]
     print(table([*head, "s to exchange weights, 450 GB/s", "50 GB/s"], rows), end="")
-
-
-def measure() -> None:
-    """Time training and writing of small models beside what is computed, each relative to the largest."""
-    small = {"vocab_size": 8000, "num_attention_heads": 8, "num_key_value_heads": 2}
-    cot = 64
-    cases = {"training": [], "writing": []}  # name, what is computed, seconds
-    for h, layers in ((512, 4), (512, 8), (1024, 8)):
-        config = LlamaConfig(hidden_size=h, intermediate_size=7 * h // 2, num_hidden_layers=layers, **small)
-        for prompt in (192, 768):
-            name = f"hidden {h}, {layers} layers, {prompt} + {cot} tokens"
-            for lora, trained in ((8, "LoRA"), (None, "all weights")):
-                flops = training(config, bool(lora), False, prompt, cot)
-                speed = train_random(config, lora, (4, prompt + cot, cot), False, False)
-                seconds = (prompt + cot) / speed
-                cases["training"].append((f"{name}, {trained}", flops, seconds))
-            seconds = time_writing(config, prompt, cot)
-            cases["writing"].append((name, writing(config, 8, prompt, cot), seconds))
-    for task, entries in cases.items():
-        _, most, longest = entries[-1]
-        rows = [[name, f"{x / most:.2f}", f"{seconds / longest:.2f}"] for name, x, seconds in entries]
-        print(table([task, "computed", "measured"], rows))
-
-
-def time_writing(config, prompt: int, cot: int) -> float:
-    """Return the median seconds of a token of 8 CoTs that are written at a time."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).to(models.device()).eval()
-    batch = read_prompts(model, torch.randint(10, config.vocab_size, (8, prompt)).tolist())
-    mask = batch.mask
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(cot):
-            started = time.time()
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            models.head(model, models.decode(model, batch.cache, batch.ids[:, -1:], mask)[:, -1])
-            seconds.append(time.time() - started)
-    return statistics.median(seconds)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
-    parser.add_argument("--measure", action="store_true", help="time small models beside what is computed")
-    if parser.parse_args().measure:
-        measure()
-    else:
-        print_tables()
 
 
 if __name__ == "__main__":

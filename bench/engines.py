@@ -103,7 +103,9 @@ def main() -> None:
         files = {engine: Path(folder, engine) for engine in ("torch", "vllm")}
         for engine, python in (("torch", sys.executable), ("vllm", args.vllm)):
             command = [python, *sys.argv, "--drive", engine, "--out", str(files[engine])]
-            subprocess.run(command, check=True, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"})
+            code = subprocess.run(command, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"}).returncode
+            if code:
+                raise runs.Fault(f"{engine}: did not end well, nothing is compared")
         ours = json.loads(files["torch"].read_text("utf-8"))
         vllm = json.loads(files["vllm"].read_text("utf-8"))
     rows = []

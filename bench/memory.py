@@ -8,14 +8,10 @@ It takes the options of stage1_train.py. The estimate is what tensors hold at th
 with --fp32, from the shapes alone; what CUDA and its allocator take comes on top. bench/peers.py measures.
 """
 
-import contextlib
 import itertools
 import sys
-import tempfile
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -25,9 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import stage1_train
 from results.tables import table
 from tract import hub, models, runs
-from tract.encode import Example
 from tract.options import make_training_parser
-from tract.records import Grid, InputError
+from tract.records import InputError
 
 SHAPES = {  # transformers' defaults are those of Mistral-7B; no hub is needed for these
     "mistral-7b": MistralConfig(sliding_window=None),
@@ -103,20 +98,6 @@ def random_model(config, name: str, dtype: torch.dtype, **options):
     """Make a model on the device; given a config, it can take the place of models.load_model."""
     with models.device():  # a copy, for what trains a model may change its config
         return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype).eval()
-
-
-def train_random(config, lora: int | None, batch: tuple, bf16: bool, checkpointing: bool) -> int:
-    """Take two steps of two random batches, as `estimate` takes one; returns tokens a second."""
-    sequences, length, supervised = batch
-    options = [f"--batch-size={sequences}", "--bf16" if bf16 else "--fp32"]
-    args = make_training_parser("", stage=1, defaults=stage1_train.DEFAULTS).parse_args(options)
-    ids = torch.randint(10, config.vocab_size, (2 * sequences, length)).tolist()
-    window = [Example("random", row, length - supervised, length - 2, 3.67) for row in ids]
-    loss_options = models.score_tensors([3, 4, 5, 6, 7], Grid())
-    fake = patch.object(models, "load_model", partial(random_model, config))
-    with fake, tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        model = models.load_for_training("random", lora, checkpointing, bf16)
-        return stage1_train.train(args, model, [window] * 2, [], loss_options, Path(folder))
 
 
 def fit() -> None:

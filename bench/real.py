@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import re
+from importlib.util import find_spec
 
 import ablations  # which puts the repository into sys.path
 import numpy as np
@@ -132,6 +133,8 @@ def main() -> None:
     parser.add_argument("--num-cots", type=int, choices=(1, 5), default=5, help="CoTs a test record")
     parser.set_defaults(seeds=[1, 2, 3])
     args = parser.parse_args()
+    if not find_spec("sklearn"):  # which the ridge regression needs, after hours
+        raise InputError("scikit-learn is not there; pip install -r bench/requirements.txt")
     os.chdir(ROOT)
     task = settings["tasks"][args.task]
     data = args.out / task.get("records", args.task)
@@ -153,11 +156,11 @@ def main() -> None:
     if "group" in task:
         for file in files:
             groups[file] = [record[task["group"]] for record in records[file]]
-    report = {"task": args.task, "settings": task, "seeds": args.seeds}
+    report = {"task": args.task, "split": args.split, "settings": task, "seeds": args.seeds}
     report |= ablations.summarise(folders, tests, files, groups)
     report["baselines"] = {file: baselines(train, records[file]) for file in files}
-    runs.write_whole(args.out / "metrics.json", json.dumps(report, indent=1) + "\n")
-    print(f"{args.out}/metrics.json; python results/real/draw.py {args.out}/metrics.json draws it")
+    path = ablations.write_report(args, report)
+    print(f"{path}; python results/real/draw.py {path} draws it")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ how much the peak memory rises from what its imports take.
 """
 
 import argparse
-import json
 import resource
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import eval
 import gen_cot
 from tract import models, runs
 from tract.encode import score_tokens
+from tract.records import Grid, read_records
 from tract.writing import Cot, Loaded
 
 PROBS = {"score_probs": [[0.1, 0.2, 0.3, 0.2, 0.1]], "off_grid": [0.1], "grid": "1,2,3,4,5"}
@@ -63,13 +63,14 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = [json.loads(line) for line in args.data.read_text("utf-8").splitlines()]
-        with open(folder / "data.jsonl", "w") as data, open(folder / "judged.jsonl", "w") as judged:
+        rows = read_records(args.data, Grid(), ("id", "prompt", "score"))
+        with open(folder / "data.jsonl", "wb") as data, open(folder / "judged.jsonl", "wb") as judged:
             for number in range(args.records):
                 row = rows[number % len(rows)] | {"id": f"r{number}"}
-                data.write(runs.to_line(row))
+                data.write(runs.to_line(row).encode())
                 fields = {"prediction": 2.7 + number % 100 / 100, "decoded": 3, "cots": [""]}
-                judged.write(runs.to_line(row | PROBS | fields | {"finished": [True], "renormalised": False}))
+                judgement = PROBS | fields | {"finished": [True], "renormalised": False}
+                judged.write(runs.to_line(row | judgement).encode())
         cots = ["--model", args.model, "--data", folder / "data.jsonl", "--out", folder / "cots.jsonl"]
         judged = [folder / "judged.jsonl", "--resamples", args.resamples, "--out", folder / "eval"]
         for script, arguments in ((gen_cot.main, cots), (eval.main, judged)):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 from tract import runs
 from tract.checks import find_verdict
@@ -67,6 +68,8 @@ def read_hub(hub_id: str, split: str, file: str, by_hand: str):
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         urllib.request.urlopen(f"{hub}/api/datasets/{hub_id}", timeout=10).close()
+    except HTTPError:
+        pass  # the hub is there; `datasets` knows the token that a private data set asks for
     except (OSError, ValueError, HTTPException):
         # Before the import of `datasets`, which would try for half a minute and warn of every try
         os.environ["HF_HUB_OFFLINE"] = "1"

@@ -21,10 +21,16 @@ def complete(url: str, ids: list[int], **settings) -> dict:
 
 
 def main() -> None:
+    if len(sys.argv) != 4:
+        raise records.InputError("give URL of the server, folder of the checkpoint and a file of records")
     url, folder, data = sys.argv[1:]
     trained = hub.training_arguments(folder)  # its run.json
     if not trained:
         raise records.InputError(f"{folder}: no run.json of this repository; give the --out of a training")
+    if trained.get("no_cot"):
+        raise records.InputError(
+            f"{folder}: was trained without CoTs, which are asked for here; use predict.py"
+        )
     if hub.is_four_bit(folder):
         raise records.InputError(
             f"{folder}: was trained on a base in 4 bits, served it is not; use predict.py"

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may need the hub
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nor a GPU: their tensors are on the CPU
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5To
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+os.umask(0o022)  # files are made so that others may read them
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 

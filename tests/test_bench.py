@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from pathlib import Path
 
 import ablations
 import memory
@@ -13,12 +14,16 @@ import numpy as np
 import peers
 import pytest
 import real
+import torch
 from conftest import ROOT
 from transformers import MistralConfig
 
+import stage1_train
 from data.tiny import ideal, prepare
 from eval import METRICS, against_others
-from tract.encode import encode_prefix
+from tract import models
+from tract.encode import Example, encode_prefix
+from tract.options import make_training_parser
 from tract.records import Grid, predicted
 
 RESULTS = ROOT / "results/ablations"
@@ -111,6 +116,13 @@ def test_the_gpu_is_asked_for_in_another_process(monkeypatch):
     asked = []  # here; what the other process adds stays there
     monkeypatch.setattr("torch.cuda.is_available", lambda: asked.append(True))
     assert real.fast_precision() in ("bf16", "fp32") and not asked
+
+
+def test_code_that_changes_meanwhile_stops_the_bench(tmp_path, monkeypatch):
+    hashes = iter(["before", "after"])
+    monkeypatch.setattr(ablations, "hashes_of", lambda paths: next(hashes))
+    with pytest.raises(ablations.runs.Fault, match="the code has changed since this began"):
+        ablations.run_all({f"{tmp_path}/made": "python make.py"}, jobs=1)
 
 
 def test_what_is_packed_needs_no_file(tmp_path, lab):
@@ -370,17 +382,34 @@ def test_controls_and_what_one_rater_reaches_are_counted():
     assert re.sub(r"\b0\.", ".", text.format(*numbers)) in page
 
 
-def test_estimated_memory_is_what_is_measured(run_script, capsys):
+def train_random(
+    config, lora: int | None, batch: tuple, bf16: bool, checkpointing: bool, folder: Path
+) -> None:
+    """Take two steps of two random batches, as `memory.estimate` takes one."""
+    sequences, length, supervised = batch
+    options = [f"--batch-size={sequences}", "--bf16" if bf16 else "--fp32"]
+    args = make_training_parser("", stage=1, defaults=stage1_train.DEFAULTS).parse_args(options)
+    ids = torch.randint(10, config.vocab_size, (2 * sequences, length)).tolist()
+    window = [Example("random", row, length - supervised, length - 2, 3.67) for row in ids]
+    loss_options = models.score_tensors([3, 4, 5, 6, 7], Grid())
+    model = models.load_for_training("random", lora, checkpointing, bf16)
+    stage1_train.train(args, model, [window] * 2, [], loss_options, folder)
+
+
+def test_estimated_memory_is_what_is_measured(run_script, capsys, monkeypatch, tmp_path):
     small = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = MistralConfig(vocab_size=8000, num_key_value_heads=1, **small)
     for lora, *rest in ((None, False, True), (None, True, False), (8, False, True), (8, False, False)):
         case = (config, lora, (2, 64, 32), *rest)
-        measured, _ = memory.peak_of(functools.partial(memory.train_random, *case))
+        monkeypatch.setattr(models, "load_model", functools.partial(memory.random_model, config))
+        folder = tmp_path / f"{lora}{rest}"
+        folder.mkdir()
+        measured, _ = memory.peak_of(functools.partial(train_random, *case, folder))
         assert sum(memory.estimate(*case).values()) == pytest.approx(measured, rel=0.04), case
     for script, page in (("memory", "speed"), ("cost", "scale")):
         run_script(script, *["--fit"] * (script == "memory"))
         tables = capsys.readouterr().out.split("\n\n")
-        assert all(table in (ROOT / f"docs/{page}.md").read_text("utf-8") for table in tables)
+        assert tables[0] and all(table in (ROOT / f"docs/{page}.md").read_text("utf-8") for table in tables)
 
 
 def peers_of(lab, *options) -> list:

@@ -357,7 +357,7 @@ def test_a_pipe_is_a_file_and_a_folder_is_none(tmp_path):
 
 def test_the_readme_is_short_and_links_lead_to_what_they_name():
     assert len((ROOT / "README.md").read_bytes()) <= 12_288
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/*/README.md")]:
         for text, target in re.findall(r"\[([^]]*)\]\((?!http)([^)#]+)", page.read_text("utf-8")):
             linked = page.parent / target
             assert linked.exists(), f"{page.name}: {target}"
@@ -366,6 +366,13 @@ def test_the_readme_is_short_and_links_lead_to_what_they_name():
 
 
 def test_the_readme_shows_what_the_demo_printed():
+    front = (ROOT / "README.md").read_text("utf-8")
+    quoted = (ROOT / "results/demo/quoted.jsonl").read_text("utf-8").splitlines()
+    _, p_s, p_tract = map(json.loads, quoted)
+    assert (
+        f"p_s predicts {p_s['prediction']:.2f}" in front and f'"prediction": {p_tract["prediction"]}' in front
+    )
+    assert str(p_tract["score_probs"]) in front
     printed = (ROOT / "results/demo/table.txt").read_text("utf-8").splitlines()
     shown = re.findall(r"^    (\|.*)$", (ROOT / "README.md").read_text("utf-8"), re.M)
     assert shown and set(shown) <= set(printed)

@@ -38,6 +38,7 @@ def test_two_requests_make_a_prediction(lab, tiny_tokenizer, monkeypatch):
     (folder / "run.json").write_text(json.dumps({"arguments": arguments}))
     data = lab.write("one.jsonl", lab.rows[:1])
     address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(sys, "argv", ["serve_client", address, str(folder), str(data)])
     runpy.run_module("docs.serve_client", run_name="__main__")
     server.shutdown()

@@ -190,7 +190,8 @@ def main() -> None:
             else:
                 group = row.get(args.group) if args.group else record.get("instruction", record.get("prompt"))
                 groups[record["id"]] = " ".join(str(group).split())
-                if "cot" in sources and record["cot"] != str(row[sources["cot"]]).strip():
+                whole_cot = str(row.get(sources.get("cot"))).strip().removeprefix("Feedback:").strip()
+                if "cot" in sources and record["cot"] != whole_cot:
                     shortened.append(number)
         made.append(record)
     kept, left_out = helpers.sort_out(made, args.source, numbers)

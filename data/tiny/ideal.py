@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from data.tiny.prepare import LEAK, NOISE, SKILLS, STEPS, TONES, TRAINING, quality
 from eval import METRICS
 from tract import runs
-from tract.records import Grid, read_records
+from tract.records import Grid, InputError, read_records
 
 RATINGS = np.arange(1, 6)
 
@@ -86,8 +86,10 @@ def metrics(path: str | Path, *, real: bool = False) -> dict[str, dict[str, floa
 
 
 def main() -> None:
+    if not sys.argv[1:]:
+        raise InputError("give files of the task, as data/tiny/test.jsonl")
     for path in sys.argv[1:]:
-        for name, values in metrics(path, real="_real" in path).items():
+        for name, values in metrics(path, real=Path(path).stem.endswith("_real")).items():
             print(f"{path}  {name:10} r {values['pearson']:.3f}  RMSE {values['rmse']:.3f}")
 
 

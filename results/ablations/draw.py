@@ -119,7 +119,10 @@ def losses(cells: Cells) -> str:
 
 def tables(report: dict) -> str:
     cells = Cells(report["cells"])
-    return "\n".join([methods(report, cells), "## Whose CoTs?\n\n" + whose_cots(cells), losses(cells)])
+    parts = ["## Whose CoTs?\n\n" + whose_cots(cells), losses(cells)]
+    if cells.test in report["records"]:  # there are other rows than those on real-valued scores
+        parts.insert(0, methods(report, cells))
+    return "\n".join(parts)
 
 
 def draw(report: dict, path: Path) -> None:
@@ -141,8 +144,8 @@ def draw(report: dict, path: Path) -> None:
             bar(left, len(labels), cell["pearson"], "tab:orange" if row == "tract" else "tab:blue")
             labels.append(label)
     left.set_yticks(range(len(labels)), labels)
-    ideal = report["ideal"][test]
-    for name, style in zip(ideal, (":", "-.", "--"), strict=True):
+    ideal = report["ideal"].get(test, {})
+    for name, style in zip(ideal, (":", "-.", "--"), strict=False):
         r = ideal[name]["pearson"]
         left.axvline(r, color="black", linestyle=style, linewidth=1, label=f"ideal {name}")
     left.legend(frameon=False, fontsize=8, ncol=3, loc="lower center", bbox_to_anchor=(0.5, 1))

@@ -1,7 +1,7 @@
 """Redraw tables.md and figure.png from the metrics.json of each task, as bench/real.py wrote them.
 
-python results/real/draw.py                                            # from the *.json beside this file
-python results/real/draw.py out/real/ists/metrics.json --out out/real  # of one run
+python results/real/draw.py                             # from the *.json beside this file
+python results/real/draw.py out/real/ists/metrics.json  # of one run, beside it
 """
 
 import argparse
@@ -165,15 +165,21 @@ def main() -> None:
     paths = [HERE / f"{task}.json" for task in TASKS]
     committed = [path for path in paths if path.is_file()]
     parser.add_argument("metrics", nargs="*", type=Path, default=committed)
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of tables.md and figure.png")
+    parser.add_argument(
+        "--out", type=Path, help="folder of tables.md and figure.png; None: that of the first"
+    )
     args = parser.parse_args()
+    out = args.out or args.metrics[0].parent
     given = [json.loads(path.read_text("utf-8")) for path in args.metrics]
     tests = tests_in(given)
     parts = [f"## {test.name}\n\n{tables(test)}" for test in tests]
     front = [test for test in tests if test.name in FRONT]
-    text = "\n".join([overview(front, *NAMES), overview(tests, "pearson"), *parts])
-    (args.out / "tables.md").write_text(text, "utf-8")
-    draw(tests, args.out / "figure.png")
+    overviews = [overview(tests, "pearson")]
+    if front:
+        overviews.insert(0, overview(front, *NAMES))
+    text = "\n".join([*overviews, *parts])
+    (out / "tables.md").write_text(text, "utf-8")
+    draw(tests, out / "figure.png")
     print(text)
 
 
