@@ -131,7 +131,7 @@ def with_trainer(is_trl: bool, model, windows: list, scores: dict, args) -> dict
     return found | {"seconds": clock.seconds}
 
 
-def train(args, records: list[dict]) -> tuple[dict, dict]:
+def ways_to_train(args, records: list[dict]) -> tuple[dict, dict]:
     """Return the ways to train, and what is known of the step."""
     args.tokenizer = models.load_tokenizer(args.model)
     _, score_ids = writing.score_tokens(args.tokenizer, args.grid)
@@ -160,7 +160,7 @@ def train(args, records: list[dict]) -> tuple[dict, dict]:
     return ways, facts
 
 
-def judge(args, records: list[dict], num_cots: int) -> tuple[dict, dict]:
+def ways_to_judge(args, records: list[dict], num_cots: int) -> tuple[dict, dict]:
     """Return the ways to judge, and what is known of the task."""
     loaded = writing.load_judge(args.model, args.grid, args.bf16)
     loaded.tokenizer.positions = 10**6  # with --shape it is that of a small model
@@ -177,6 +177,8 @@ def judge(args, records: list[dict], num_cots: int) -> tuple[dict, dict]:
     settings = make_judging_parser("").parse_args([f"--num-cots={num_cots}"])
     sample = writing.sample
 
+    # Our loop is made to write the CoTs of the data: their ids travel as its random numbers, and what samples
+    # a token hands them on
     def dictated(logits, so_far, uniform, settings):
         sample(logits, so_far, torch.rand_like(uniform), settings)  # which takes its time all the same
         return uniform.long()
@@ -286,7 +288,7 @@ def tables(report: dict) -> str:
 
 
 def main() -> None:
-    defaults = {"any other": stage1_train.PAPER | {"batch_size": 4, "lr": 0.0}}
+    defaults = {"any other": stage1_train.DEFAULTS["any other"] | {"batch_size": 4, "lr": 0.0}}
     parser = make_training_parser(__doc__, stage=1, defaults=defaults)
     add = parser.add_argument_group("comparison").add_argument
     add("--shape", choices=CONFIGS, help="random weights of this size, and made records")
@@ -321,7 +323,8 @@ def main() -> None:
     started = time.time()
     for number, name in enumerate(args.tasks, 1):
         with in_place:
-            ways, task = judge(args, records, TASKS[name]) if TASKS[name] else train(args, records)
+            num_cots = TASKS[name]  # 0 for training
+            ways, task = ways_to_judge(args, records, num_cots) if num_cots else ways_to_train(args, records)
         report["tasks"][name] = task
         deadline = started + 60 * args.minutes * number / len(args.tasks)
         take_turns(ways, task, args, deadline, save)
