@@ -20,7 +20,7 @@ TASKS = {
     "feedbackqa": "FeedbackQA",
     "saf": "SAF",
 }
-FRONT = ("Interpretable STS", "FeedbackQA")  # in the README's table
+FRONT = ("Interpretable STS", "FeedbackQA")  # in table and figure of the README
 NAMES = {"pearson": "r", "rmse": "RMSE"}
 LINES = [  # label, row, reading
     ("untrained model, RAIL", "seed-no-cot", "rail"),
@@ -179,7 +179,7 @@ def main() -> None:
         overviews.insert(0, overview(front, *NAMES))
     text = "\n".join([*overviews, *parts])
     (out / "tables.md").write_text(text, "utf-8")
-    draw(tests, out / "figure.png")
+    draw(front or tests, out / "figure.png")
     print(text)
 
 
