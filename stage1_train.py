@@ -151,11 +151,11 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, args)
     return sums
 
 
-def train(args, model, plan: list[list], held_out: list[Example], loss_options: dict, folder: Path):
+def train(args, model, plan: list[list], held_out: list, loss_options: dict, folder: Path) -> int | None:
     """Take one optimiser step for each window of examples in the plan, and log it to folder/log.jsonl.
 
     loss_options: arguments of cot_raft_loss that are the same for every batch. Where an earlier run left a
-    folder/state.pt, it goes on from there. Returns tokens a second.
+    folder/state.pt, it goes on from there. Returns tokens a second; None where no step was left.
     """
     steps_per_epoch = len(plan) // args.epochs
     optimiser, schedule = training.make_optimiser(model, args, steps=len(plan))
@@ -247,7 +247,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     try:
         speed = train(args, model, plan, held_out, loss_options, part_folder)
     except torch.OutOfMemoryError:
-        raise Fault(f"{part_folder}: out of memory; lower --batch-size, or use --lora") from None
+        raise Fault(f"{part_folder}: out of memory; lower --batch-size or --max-length, or --lora") from None
     facts = {"examples": len(examples), "tokens": tokens, "tokens_per_second": speed}
     training.save_checkpoint(args, model, tokenizer, part_folder, settings, started, facts)
 

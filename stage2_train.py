@@ -21,9 +21,12 @@ def main() -> None:
     args = parser.parse_args()
 
     stage = hub.training_arguments(args.model).get("stage")  # None for a model that was not trained here
-    allowed = 1 if args.continue_from_stage1 else None
+    allowed = None
+    wanted = "the seed model (or, with --continue-from-stage1, from p_s: ablation A.4)"
+    if args.continue_from_stage1:
+        allowed = 1
+        wanted = "p_s, with --continue-from-stage1"
     if stage != allowed:
-        wanted = "p_s (--continue-from-stage1)" if args.continue_from_stage1 else "the seed model"
         what = "a model that was not trained here" if stage is None else f"the checkpoint of stage {stage}"
         raise InputError(f"{args.model}: {what}, but stage 2 starts from {wanted}; give that")
     args.grid = choose_grid(args)  # that of --grid, else 1 to 5; with A.4, that of p_s

@@ -230,12 +230,9 @@ def run_all(commands: dict[str, str], jobs: int) -> None:
             unmade = {*waiting, *(out for out, _ in running.values())}
             ready = [out for out in waiting if unmade.isdisjoint(commands[out].split()[:-1])]
             for out in ready[: jobs - len(running)]:
-                if code != hashes_of(
-                    CODE
-                ):  # forks have what was imported, and would read new scripts beside it
-                    raise runs.Fault(
-                        "the code has changed since this began; the same command goes on with today's"
-                    )
+                # Forks have what was imported here, and would read new scripts beside it
+                if code != hashes_of(CODE):
+                    raise runs.Fault("the code has changed since this began; the same command goes on")
                 waiting.remove(out)
                 process = fork.Process(target=run_command, args=(out, commands[out], threads), daemon=True)
                 process.start()

@@ -362,6 +362,25 @@ def test_what_the_page_says_of_people_s_scores_is_counted():
         assert text.format(*(f"{error:.2f}".removeprefix("0") for error in late)) in page
 
 
+def test_what_is_said_of_the_rows_on_a_cpu_is_kept():
+    committed = real.SETTINGS.parent
+    page = " ".join((committed / "README.md").read_text("utf-8").split())
+    errors = json.loads((committed / "ists-cpu/squared_error.json").read_text("utf-8"))
+    late = [f"{np.mean(errors[row][-100:]):.2f}".removeprefix("0") for row in ("ce-w1", "tract")]
+    assert f"squared error {late[0]} and {late[1]} in the last 100 steps" in page
+    seconds = json.loads((committed / "ists-cpu/seconds.json").read_text("utf-8"))["seconds of each command"]
+    assert f"({seconds['tract.test']:.0f} s and {seconds['raft.test']:.0f} s, 524 records" in page
+    log = (committed / "ists-cpu/stage3.jsonl").read_text("utf-8").splitlines()
+    steps = [json.loads(line) for line in log]
+    tried = [steps[0]["valid_before"], *(step["valid"] for step in steps if "valid" in step)]
+    options = " ".join((ROOT / "docs/options.md").read_text("utf-8").split())
+    for name, text in (
+        ("rmse", "records from {} to {} (10 steps) and {} (20)"),
+        ("r", "r from {} to {} and {}"),
+    ):
+        assert text.format(*(f"{found[name]:.3f}".removeprefix("0") for found in tried)) in options
+
+
 def test_controls_and_what_one_rater_reaches_are_counted():
     committed = real.SETTINGS.parent
     page = " ".join((committed / "README.md").read_text("utf-8").split())

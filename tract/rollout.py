@@ -28,8 +28,8 @@ def read_options(description: str, defaults: dict[str, dict], loss: dict) -> arg
 
     defaults: those of stage 1, by model.
     """
-    defaults = {model: settings | loss | {"lr": None} for model, settings in defaults.items()}
-    parser = make_training_parser(description, stage=3, defaults=defaults)
+    of_stage_3 = {model: settings | loss | {"lr": None} for model, settings in defaults.items()}
+    parser = make_training_parser(description, stage=3, defaults=of_stage_3)
     add = parser.add_argument_group("stage 3").add_argument
     add("--num-cots", type=number(int, 2), default=4, help="CoTs a prompt (K)")
     add("--prompts", type=COUNT, default=8, help="prompts an optimiser step")

@@ -111,9 +111,8 @@ def begin(args: argparse.Namespace) -> tuple[Path, dict, IO]:
     check_out(args.out)  # again, for another process may have finished it
     earlier = read_json(settings_file)
     nothing_done = {path.name for path in part.glob("*")} <= {lock_file.name, settings_file.name}
-    if (
-        earlier and not nothing_done
-    ):  # else anything may have changed: a broken model was mended, for instance
+    # Where nothing was done yet, anything may have changed: a model that could not be loaded was mended
+    if earlier and not nothing_done:
         for key in earlier | settings:
             if earlier.get(key) != settings.get(key):
                 what = f"{key} was {earlier.get(key)!s:.40}, is {settings.get(key)!s:.40}"

@@ -99,8 +99,7 @@ def random_numbers(name: str, n: int) -> Tensor:
 def write(judge: Loaded, prompts: list[list[int]], names: list[str], args, at_once: int) -> Iterator[tuple]:
     """Sample a CoT for each name until the suffix, an end of sequence or the limit.
 
-    CoT c is of prompt c // args.num_cots; those of a prompt are written together, some `at_once` in all.
-    Yields c, its ids and the score distribution (Rail) after them.
+    CoT c is of prompt c // args.num_cots; some `at_once` are under way. Yields c, its ids, Rail after them.
     """
     suffix = judge.suffix_ids
     num_cots = args.num_cots
@@ -181,9 +180,10 @@ def write_cots(judge: Loaded, records: list[dict], prompts: list, args, at_once:
     """Write args.num_cots CoTs for each record, with the scores that came with them, where those hold."""
     num_cots = args.num_cots
     names = [f"{args.seed}/{record['id']}/{k}" for record in records for k in range(num_cots)]
-    written = write(judge, prompts, names, args, at_once)
     if judge.is_vllm:
         written = judge.model.write(judge, prompts, names, args)
+    else:
+        written = write(judge, prompts, names, args, at_once)
     cots = []
     for number, ids, scores in sorted(written):
         prompt = prompts[number // num_cots]

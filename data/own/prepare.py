@@ -95,8 +95,8 @@ def choose_columns(args: argparse.Namespace, rows: list) -> dict[str, str]:
         if column not in columns:
             there = ", ".join(map(repr, columns))
             raise InputError(f"{args.source}: has no column {column!r}; its columns are {there}")
+    taken_as_it_is = (*TEXTS, "score") if args.ratings else (*TEXTS, "score", "ratings")
     for column in columns:
-        taken_as_it_is = (*TEXTS, "score") if args.ratings else (*TEXTS, "score", "ratings")
         if column in taken_as_it_is and column not in [*sources, *dict(args.set), *asked]:
             sources[column] = column
     unused = [repr(column) for column in columns if column not in [*asked, *sources]]
@@ -155,6 +155,14 @@ def convert(row: Any, sources: dict[str, str], args: argparse.Namespace, id: str
     return check_record(record | {"prompt": prompt}, args.grid, need) or record
 
 
+def is_cut(record: dict, row: dict, sources: dict[str, str]) -> bool:
+    """Tell whether the CoT of a record is less than what its row says."""
+    if "cot" not in sources:
+        return False
+    text = str(row[sources["cot"]]).strip().removeprefix("Feedback:")
+    return record["cot"] != text.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     add = parser.add_argument
@@ -190,8 +198,7 @@ def main() -> None:
             else:
                 group = row.get(args.group) if args.group else record.get("instruction", record.get("prompt"))
                 groups[record["id"]] = " ".join(str(group).split())
-                whole_cot = str(row.get(sources.get("cot"))).strip().removeprefix("Feedback:").strip()
-                if "cot" in sources and record["cot"] != whole_cot:
+                if is_cut(record, row, sources):
                     shortened.append(number)
         made.append(record)
     kept, left_out = helpers.sort_out(made, args.source, numbers)
