@@ -111,6 +111,12 @@ $(REAL)/feedbackqa/train.jsonl: | .venv/real
 $(REAL)/saf/train.jsonl: | .venv/real
 	$(RUN) data/saf/prepare.py $(SAF) --max-words 80 --out $(@D)
 
+# As many as two cores train on in hours
+$(REAL)/saf-cpu/train.jsonl: | $(REAL)/saf/train.jsonl
+	mkdir -p $(@D)
+	cp $(REAL)/saf/*.jsonl $(@D)
+	head -n 600 $(REAL)/saf/train.jsonl > $@
+
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
