@@ -229,7 +229,7 @@ def main() -> None:
     if len(set(args.predictions)) < len(args.predictions):
         raise InputError("the same prediction file is given twice; give each once")
     if args.pairs and args.group:
-        raise InputError("--group: pairs are resampled as they are; leave it away with --pairs")
+        raise InputError("--group: pairs are resampled as they are; leave it out with --pairs")
     files = {}
     for path in args.predictions:
         files[path] = read_predictions(path, args.grid, args.cots, args.renormalise)

@@ -231,9 +231,6 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
         return
 
     part_folder, settings, _lock = training.begin(args)  # the lock is held until the end
-    # The folder gets its name at the very end; an earlier run may have been killed just before that
-    if training.finish_if_whole(part_folder, args.out):
-        return
     torch.manual_seed(args.seed)
     checkpointing = args.gradient_checkpointing
     # Seed model → p_s (stage 1) or p_tract (stage 2)

@@ -122,8 +122,6 @@ def main() -> None:
     print(f"{len(prompts)} prompts, {len(held_out) or 'none'} held out; {args.steps} steps")
     plan = rollout.plan_steps(prompts, args.prompts, args.steps, args.seed)
     folder, settings, _lock = training.begin(args)  # the lock is held until the end
-    if training.finish_if_whole(folder, args.out):
-        return
     torch.manual_seed(args.seed)
     checkpointing = args.gradient_checkpointing
     model = models.load_for_training(args.model, args.lora, checkpointing, args.bf16, args.four_bit)

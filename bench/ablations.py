@@ -33,7 +33,7 @@ from loss import two_hot
 from tract import runs
 from tract.hub import sha256
 from tract.records import ROOT, InputError, read_records
-from tract.scores import find_grid
+from tract.scores import grid_of
 from tract.settings import CODE
 
 # What a step makes → its command. @NAME is where NAME lies; `commands_of` adds the settings, --seed and --out
@@ -269,7 +269,7 @@ def predictions(folder: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndar
     path = Path(folder, f"{name}.jsonl")
     if not path.exists():
         return None
-    grid, _ = find_grid(str(path), grid=None, renormalise=False)
+    grid = grid_of(str(path))
     rows = read_records(path, grid, ("id", "score", "finished", "score_probs"))
     probs = np.array([row["score_probs"] for row in rows])
     return probs, np.array([row["score"] for row in rows], float), np.array(grid.values)

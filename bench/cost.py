@@ -68,7 +68,7 @@ def hours(config, lora: bool, records: int) -> list[float]:
 
 
 def main() -> None:
-    """Print hours by model, hours by records and GPUs, and what --fsdp leaves on each GPU."""
+    """Print hours by model, and what --fsdp leaves on each GPU."""
     rows = []
     for name, config in MODELS.items():
         for lora in (True, False):
@@ -77,11 +77,6 @@ def main() -> None:
             rows.append([name, "LoRA" if lora else "all weights", *numbers])
     steps = ["stage 1", "CoTs", "stage 2", "judging 10,000", "all"]
     print(table(["H100 hours for 100,000 records", "trained", *steps], rows))
-    rows = []
-    for records in (10_000, 100_000, 1_000_000):
-        total = sum(hours(SHAPES["mistral-7b"], True, records))
-        rows.append([f"{records:,}", *(f"{total / n:.1f}" for n in (1, 8, 100))])
-    print(table(["hours, mistral-7b with LoRA: records", "1 GPU", "8 GPUs", "100 GPUs"], rows))
     rows = []
     for name, config in SHAPES.items():
         whole = sum(estimate(config, None, (1, 3000, 250), True, True).values())

@@ -11,18 +11,16 @@ seedN.npz, some 100 KB: what is in there is not run again, on any machine.
 """
 
 import json
-import multiprocessing
 import os
 import re
 from importlib.util import find_spec
 
 import ablations  # which puts the repository into sys.path
 import numpy as np
-import torch
 from ablations import LOSSES, STEPS, Setup
 
 from eval import METRICS, against_others
-from tract import models, runs
+from tract import runs
 from tract.records import ROOT, Grid, InputError, read_records
 
 SETTINGS = ROOT / "results/real/settings.json"
@@ -33,20 +31,11 @@ for row, loss in SAME_COTS.items():
 ROWS = ["seed", "seed-no-cot", "ce-no-cot", "raft", "ce", "a1", "a2", "tract", *SAME_COTS]
 
 
-def fast_precision() -> str:
-    """Return the option for what this machine is fast at: bf16 where GPU or CPU has instructions for it."""
-    on_cpu = torch.cpu.get_capabilities()
-    # Asked in a process of its own: forks of one that has used the GPU could not use it
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        on_gpu = pool.apply(models.has_bf16)
-    return "bf16" if on_gpu or on_cpu.get("avx512_bf16") or on_cpu.get("amx_bf16") else "fp32"
-
-
 def setup_of(settings: dict, data: str) -> Setup:
     """Return what the commands of a task have in common; its records lie in DATA."""
     model = "out/real/smollm2"
     given = {"seed": model, "seed-no-cot": model, "train.jsonl": f"{data}/train.jsonl"}
-    common = {"grid": settings["grid"], fast_precision(): ""}
+    common = {"grid": settings["grid"]}
     judge = ablations.options(common | settings["judge"])
     return Setup(common | settings["train"], settings["rows"], judge, given)
 

@@ -1,5 +1,6 @@
 """The scripts that prepare data, the data that are committed, and the links of the pages."""
 
+import contextlib
 import json
 import os
 import re
@@ -17,10 +18,13 @@ from tract.records import Grid, InputError, read_records
 LEFT_OUT = re.compile(r"left out (\d+: \S+ \S+)")  # how many, and the first words of the reason
 
 
-def prepare(name: str, *arguments) -> str:
-    """Run a prepare.py by its path; returns all that it says."""
-    command = [sys.executable, ROOT / f"data/{name}/prepare.py", *map(str, arguments)]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+def prepare(lab, name: str, *arguments) -> str:
+    """Run a prepare.py; returns all that it says."""
+    lab.capsys.readouterr()
+    with contextlib.suppress(SystemExit):
+        lab.run(f"data.{name}.prepare", *arguments)
+    said = lab.capsys.readouterr()
+    return said.out + said.err
 
 
 def test_feedback_collection_in_every_spelling_and_held_out_by_instruction(lab):
@@ -38,7 +42,7 @@ def test_feedback_collection_in_every_spelling_and_held_out_by_instruction(lab):
     ]
     (lab.path / "fc.json").write_text("\ufeff" + json.dumps(rows), "utf-8")
     how = ("feedback_collection", lab.path / "fc.json", "--valid-fraction")
-    said, made = prepare(*how, 0, "--out", lab.path / "all"), lab.read("all/train.jsonl")
+    said, made = prepare(lab, *how, 0, "--out", lab.path / "all"), lab.read("all/train.jsonl")
     same = {"prompt": "Rate.\n###Feedback:", "cot": "Good.", "score": 4}
     assert made[:5] == [{"id": f"fc-{i:06}"} | same for i in range(5)]
     assert made[5] == {"id": "fc-000005", "prompt": "The ###Feedback: of me.", "cot": "Bad.", "score": 1}
@@ -46,7 +50,7 @@ def test_feedback_collection_in_every_spelling_and_held_out_by_instruction(lab):
     assert LEFT_OUT.findall(said) == ["2: not an", "2: no text", "1: no feedback", "2: no score"]
     assert "neither in 'orig_score' nor as '[RESULT] 4' (row 11, 12)" in said
 
-    prepare(*how, 0.3, "--out", lab.path)
+    prepare(lab, *how, 0.3, "--out", lab.path)
     instructions = re.compile(r"instruction to evaluate:\\n(\d+)")  # as JSON writes it
     texts = [(lab.path / f"{side}.jsonl").read_text() for side in ("train", "valid")]
     train, valid = (set(instructions.findall(text)) for text in texts)
@@ -99,18 +103,18 @@ def test_bench_items_with_one_label_or_several(lab):
     items = [three, three | {"gpt4_score": None}, three | {"gpt4_feedback": ["a", "b", "c"]}, "text", one]
     file, out = lab.path / "bench.json", lab.path / "test.jsonl"
     file.write_text("\n\n".join(map(json.dumps, items)))
-    said = prepare("prometheus_bench", file, "--out", out, "--train", lab.path / "train.jsonl")
+    said = prepare(lab, "prometheus_bench", file, "--out", out, "--train", lab.path / "train.jsonl")
     assert "5 items read, 3 kept" in said and "6 feedbacks read, 4 kept" in said
     assert LEFT_OUT.findall(said) == ["1: 'gpt4_score' is", "1: not an", "1: no text", "1: no label"]
     assert [row["score"] for row in lab.read("test.jsonl")] == [3.5, 3.5, 4]
     made = [(row["id"][-6:], row["cot"], row["score"]) for row in lab.read("train.jsonl")]
     assert made == [("0000-1", "Fine.", 3), ("0002-1", "a", 3), ("0002-2", "b", 4), ("0004-1", "Good.", 4)]
-    prepare("prometheus_bench", file, "--out", lab.path / "human.jsonl", "--label", "human_score")
+    prepare(lab, "prometheus_bench", file, "--out", lab.path / "human.jsonl", "--label", "human_score")
     assert lab.read("human.jsonl") == [{"id": "bench-0004", "prompt": "Rate.", "score": 3.5}]
     for wrong in ("1: [1, 2", '2: {"a": 1}\n{"b"', " no rows: []", " nothing to keep: [{}]"):
         message, _, text = wrong.partition(": ")
         file.write_text(text)
-        assert f"bench.json:{message}" in prepare("prometheus_bench", file, "--out", lab.path / "none")
+        assert f"bench.json:{message}" in prepare(lab, "prometheus_bench", file, "--out", lab.path / "none")
     assert not (lab.path / "none").exists()
 
 
@@ -143,17 +147,17 @@ def test_feedbackqa_averages_raters_and_takes_the_explanation_of_one_or_of_each(
         "--max-words",
         3,
     )
-    said = prepare(*how, "--out", lab.path / "one.jsonl")
+    said = prepare(lab, *how, "--out", lab.path / "one.jsonl")
     assert LEFT_OUT.findall(said) == ["1: not an", "1: an empty", "1: a question"]
     (record,) = lab.read("one.jsonl")
     assert record["prompt"].endswith("Question: Why?\n\nPassage (Why?): one two three …")
     assert (record["id"], record["score"], record["ratings"]) == ("fq-0000", 2.67, [4, 1, 3])
-    prepare(*how, "--all-raters", "--out", lab.path / "each.jsonl")
+    prepare(lab, *how, "--all-raters", "--out", lab.path / "each.jsonl")
     each = lab.read("each.jsonl")
     assert [r["cot"] for r in each] == ["It says why.", "It does not.", "It does, in part."]
     assert record["cot"] in [r["cot"] for r in each] and len({r["id"] for r in each}) == 3
     for name, message in (("missing", "missing: no such file"), ("items.json", "row 0 has no two 'texts'")):
-        said = prepare("feedbackqa", how[1], "--out", lab.path / "no", "--without", lab.path / name)
+        said = prepare(lab, "feedbackqa", how[1], "--out", lab.path / "no", "--without", lab.path / name)
         assert message in said and said.count("\n") == 1
 
 
@@ -179,16 +183,17 @@ def test_interpretable_sts_puts_alignments_into_words_and_averages_scores(lab):
         gold.format(4) + gold.format(3.5) + gold.format("").replace("A", "The")
     )
     how = ("ists", "--alignments", lab.path, "--gold", lab.path, "--out")
-    said = prepare(*how, lab.path / "made.jsonl")
+    said = prepare(lab, *how, lab.path / "made.jsonl")
     assert LEFT_OUT.findall(said) == ["1: a pair", "1: no gold"]
     (record,) = lab.read("made.jsonl")
     only = "Only in 1: well. Only in 2: in a chair; outside."
     assert record["cot"] == f"A man / A man: same, 5. sleeps / 's asleep: 1 says more, 4. {only}"
     assert (record["id"], record["score"]) == ("images-1", 3.75)
     assert record["prompt"].endswith("1: A man sleeps (well).\n2: A man's asleep in a chair, outside.")
-    assert "nothing to keep" in prepare(*how, lab.path / "again.jsonl", "--without", lab.path / "made.jsonl")
+    again = lab.path / "again.jsonl"
+    assert "nothing to keep" in prepare(lab, *how, again, "--without", lab.path / "made.jsonl")
     (lab.path / "gold.tsv").write_text("4\tonly one sentence\n")
-    assert "gold.tsv:1: not score, sentence, sentence" in prepare(*how, lab.path / "again.jsonl")
+    assert "gold.tsv:1: not score, sentence, sentence" in prepare(lab, *how, again)
 
 
 def test_saf_leaves_out_what_is_empty_there_already_or_in_a_test(lab):
@@ -224,7 +229,7 @@ def test_saf_leaves_out_what_is_empty_there_already_or_in_a_test(lab):
         asks = f"<questionText>What is {name}?</questionText>".replace("unseen_answers", "training")
         path.write_text(f'<question id="2.1">{asks}{reference}{students}</question>')
 
-    said = prepare("saf", lab.path, "--out", lab.path / "made", "--max-words", 3, "--valid-size", 1)
+    said = prepare(lab, "saf", lab.path, "--out", lab.path / "made", "--max-words", 3, "--valid-size", 1)
     assert [line for line in said.splitlines() if line.startswith("left out")] == [
         "left out 1: an empty submission (id C1)",
         "left out 1: in training already, with the same score (id A2)",
@@ -247,17 +252,18 @@ def test_saf_leaves_out_what_is_empty_there_already_or_in_a_test(lab):
     assert f"{first['instruction']}\nReference answer: one two three […]\nAnswer: It is" in first["prompt"]
     assert "train.jsonl: 1 records, 1 with texts cut to 3 words" in said
 
-    said = prepare("saf", lab.path, "--out", lab.path / "again", "--valid-size", 2)
+    said = prepare(lab, "saf", lab.path, "--out", lab.path / "again", "--valid-size", 2)
     assert "--valid-size 2: all 2 answers; give a smaller one" in said
     for text, message in (("<q>\n</p>", "line 2"), ('<?xml version="1.0" encoding="a"?><q/>', "encoding")):
         (lab.path / "training/2.2_B.xml").write_text(text)
-        said = prepare("saf", lab.path, "--out", lab.path / "again").splitlines()[-1]
+        said = prepare(lab, "saf", lab.path, "--out", lab.path / "again").splitlines()[-1]
         assert "2.2_B.xml: no XML (" in said and message in said and not any((lab.path / "again").iterdir())
 
 
 def test_committed_tiny_data_is_what_its_script_makes(lab):
     for targets in ("rating", "real"):
-        prepare("tiny", "--out", lab.path, "--targets", targets)
+        command = [sys.executable, ROOT / "data/tiny/prepare.py", "--out", lab.path, "--targets", targets]
+        subprocess.run(command, check=True)
     committed = {path.name: path.read_bytes() for path in (ROOT / "data/tiny").glob("*.jsonl")}
     assert committed == {path.name: path.read_bytes() for path in lab.path.iterdir()} and len(committed) == 8
 

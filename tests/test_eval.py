@@ -32,11 +32,6 @@ def predictions(n: int) -> list[dict]:
     return rows
 
 
-def older(rows: list[dict]) -> list[dict]:
-    """Leave out what older versions did not write."""
-    return [{k: v for k, v in row.items() if k not in ("grid", "renormalised")} for row in rows]
-
-
 def read(path, grid=None, cots=None, renormalise=False) -> tuple[list[dict], Grid]:
     return scores.read_predictions(str(path), grid, cots, renormalise)
 
@@ -44,7 +39,7 @@ def read(path, grid=None, cots=None, renormalise=False) -> tuple[list[dict], Gri
 def evaluate(lab, *arguments) -> tuple:
     """Run eval.py; returns its entry for each file, and last what it prints."""
     out = lab.path / f"eval{len(list(lab.path.iterdir()))}"
-    lab.run("eval", "--resamples", 200, "--out", out, *arguments)
+    lab.run("eval", "--resamples", 20, "--out", out, *arguments)
     report = json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)  # no NaN
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
     return *report["files"].values(), lab.capsys.readouterr().out
@@ -73,10 +68,9 @@ def test_files_are_compared_in_pairs_and_all_is_counted(lab):
     near = [row | {"prediction": row["score"] + x} for row, x in zip(rows, off, strict=True)]
     far = [row | {"prediction": row["prediction"] + 1} for row in near]
     near[3]["score"], far[4]["cot"] = None, "So the overall score is text where the suffix is another."
-    paths = lab.write("preds-t0.7", near), lab.write("preds-t0.9", older(far[:150]))
-    note = {"arguments": {"grid": "1,2,3,4,5=7", "suffix": " [RESULT] "}}
-    (lab.path / "preds-t0.9.run.json").write_text(json.dumps(note))
-    first, second, printed = evaluate(lab, *paths)
+    far = [row | {"grid": "1,2,3,4,5=7"} for row in far[:150]]
+    paths = lab.write("preds-t0.7", near), lab.write("preds-t0.9", far)
+    first, second, printed = evaluate(lab, *paths, "--resamples", 200)
     names, common = ("grid", "records", "without_score", "not_in_all_files"), np.delete(off[:150], 3)
     assert [first[name] for name in names] == ["1=1,2=2,3=3,4=4,5=5", 200, 1, 50]
     assert [second[name] for name in names] == ["1=1,2=2,3=3,4=4,5=7", 150, 0, 1]
@@ -180,32 +174,23 @@ def test_agreement_is_of_the_nearest_grid_points_and_the_ceiling_of_the_raters(l
 
 
 def test_a_file_says_its_grid_and_whether_it_was_renormalised(lab):
-    """Nothing hangs on its name; what older versions wrote needs its own run.json, or --grid."""
     rows = predictions(3)
     for row in rows:
         row |= {"score": 25 * (row["score"] - 1), "grid": WIDE, "renormalised": True, "finished": [True] * 2}
         row |= {"score_probs": [[p / 2 for p in row["score_probs"][0]]] * 2, "off_grid": [0.5] * 2}
         row["prediction"] = row["score"]
-    note = {"grid": WIDE, "renormalise": True, "out": "elsewhere/x.jsonl"}
-    (lab.path / "x.run.json").write_text(json.dumps({"arguments": note}))
-    for path in (lab.write("renamed", rows), lab.write("x.jsonl", older(rows))):
-        for options in ({}, {"cots": 1}, {"grid": WIDE}):
-            found, grid = read(path, **options)
-            assert str(grid) == WIDE and [row["prediction"] for row in found] == [
-                row["score"] for row in rows
-            ]
-    for name in ("x", "y.jsonl"):
-        with pytest.raises(InputError, match=f"{name}:1: no 'grid' in it; say which with --grid"):
-            read(lab.write(name, older(rows)))
-    found, _ = read(lab.path / "y.jsonl", grid=WIDE, cots=1)
-    assert [row["prediction"] for row in found] == [row["score"] / 2 for row in rows]
+    path = lab.write("x", rows)
+    for options in ({}, {"cots": 1}, {"grid": WIDE}):
+        found, grid = read(path, **options)
+        assert str(grid) == WIDE
+        assert [row["prediction"] for row in found] == [row["score"] for row in rows]
 
 
 DIFFERING = [  # of the second of two records, options, message
-    ({"grid": "1=1,2=2,3=3,4=4,5=7"}, {}, "p:2: 'grid' or 'renormalised' differs"),
-    ({"grid": "1=0,5=100", "score_probs": [[0.5, 0.5]], "score": 70}, {}, "p:2: 'grid' or"),
-    ({"renormalised": True}, {"cots": 1}, "p:2: 'grid' or"),
-    ({"grid": None}, {}, "p:2: no 'grid' in it"),
+    ({"grid": "1=1,2=2,3=3,4=4,5=7"}, {}, "record 'r1': 'grid' or 'renormalised' differs"),
+    ({"grid": "1=0,5=100", "score_probs": [[0.5, 0.5]], "score": 70}, {}, "p:2: score 70 lies outside"),
+    ({"renormalised": True}, {"cots": 1}, "record 'r1': 'grid' or"),
+    ({"grid": None}, {}, "p:2: field 'grid' is missing"),
     ({}, {"grid": "A=1,B=2,C=3,D=4,E=5"}, "p is on 1=1,2=2,3=3,4=4,5=5"),
     ({}, {"grid": "5=1,4=2,3=3,2=4,1=5"}, "give the same scores, with other values"),
 ]
@@ -229,7 +214,8 @@ def test_what_is_no_whole_file_of_predictions_is_refused(lab):
         cots: "'prediction' is missing",
         lab.write("empty", []): "no records in it",
     }
-    for path, message in (wrong | {lab.path: "no plain file", lab.path / "pipe": "no plain file"}).items():
+    wrong |= {lab.path: "a folder or a pipe", lab.path / "pipe": "a folder or a pipe"}
+    for path, message in wrong.items():
         with pytest.raises(InputError, match=message):
             read(path)
 

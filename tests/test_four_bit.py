@@ -89,7 +89,7 @@ def test_a_judge_on_a_base_in_4_bits_goes_on_and_is_read_in_4_bits(lab, monkeypa
     # A.4 goes on with p_s, whose base stays in 4 bits
     a4 = ["--model", lab.path / "p_s", "--data", lab.path / "cots.jsonl", "--continue-from-stage1"]
     a4 += ["--keep-unfinished", "--epochs", 1, "--out", lab.path / "a4"]
-    assert "which --full can't train; leave --full away" in lab.fail("stage2_train", *a4, "--full")[1]
+    assert "which --full can't train; leave out --full" in lab.fail("stage2_train", *a4, "--full")[1]
     lab.run("stage2_train", *a4)
     assert hub.is_four_bit(str(lab.path / "a4"))
 

@@ -38,15 +38,15 @@ def test_credit_ties_and_log_loss_by_hand():
     rows += [response("b", True, low), response("b", False, [0.9, 0.1, 0.0])]  # right, decoded scores tie
     rows += [response("c", True, mid), response("c", False, mid), response("c", False, mid)]  # one of three
     rows += [response("d", True, low), response("d", False, high)]  # wrong
-    (*_, (section, subset, n, samples)) = pairs.compare(pairs.gather(rows, ""), resamples=200, seed=0)
+    (*_, (section, subset, n, means)) = pairs.compare(pairs.gather(rows, ""), resamples=200, seed=0)
     assert (section, subset, n) == ("total", "", 4)
-    value = {name: of[0] for name, of in samples.items()}
+    value = dict(zip(pairs.NAMES, means[0], strict=True))
     assert value["accuracy"] == pytest.approx((1 + 1 + 1 / 3) / 4) and value["ties"] == 1 / 4
     assert value["decoded"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 4) and value["ties_decoded"] == 2 / 4
     sure = [pairs.beats(np.array(a), np.array(b)) for a, b in ((mid, low), (low, [0.9, 0.1, 0]), (low, high))]
     assert value["above"] == pytest.approx((sum(sure) + 0.5) / 4)
     assert value["log_loss"] == pytest.approx(-(sum(map(math.log, sure)) + math.log(0.5)) / 4)
-    assert samples["accuracy"][1:].std() == pytest.approx(np.std([1, 1, 1 / 3, 0]) / 2, rel=0.2)
+    assert means[1:, 0].std() == pytest.approx(np.std([1, 1, 1 / 3, 0]) / 2, rel=0.2)
 
 
 def test_sections_weigh_their_pairs_and_the_total_its_sections(lab):
@@ -89,7 +89,8 @@ def test_random_scores_are_right_in_one_half_of_the_pairs():
     rows = [
         response(f"{i}", k == 0, draw.dirichlet([1, 1, 1]).tolist()) for i in range(400) for k in range(2)
     ]
-    *_, samples = pairs.compare(pairs.gather(rows, ""), resamples=500, seed=0)[-1]
+    *_, means = pairs.compare(pairs.gather(rows, ""), resamples=500, seed=0)[-1]
+    samples = dict(zip(pairs.NAMES, means.T, strict=True))
     for name in ("accuracy", "decoded"):
         low, high = np.percentile(samples[name], [2.5, 97.5])
         assert low < 0.5 < high and 0.06 < high - low < 0.12
@@ -124,9 +125,8 @@ SOURCES = {  # name of the file → rows
 def test_every_source_is_told_by_its_rows(lab):
     for name, rows in SOURCES.items():
         (lab.path / f"{name}.json").write_text(json.dumps(rows))
-    said = prepare(
-        "pairs", *(lab.path / f"{name}.json" for name in SOURCES), "--out", lab.path / "pairs.jsonl"
-    )
+    paths = [lab.path / f"{name}.json" for name in SOURCES]
+    said = prepare(lab, "pairs", *paths, "--out", lab.path / "pairs.jsonl")
     assert LEFT_OUT.findall(said) == ["1: not one", "1: of the", "1: 'label' is"]
     made = read_records(lab.path / "pairs.jsonl", Grid())
     assert [r["pair"] for r in made if r["chosen"]] == [

@@ -109,6 +109,17 @@ def test_one_record_is_a_dict_or_keywords_and_a_list_takes_none():
         judge([record], rubric="Is it right?")
 
 
+def test_stage_2_keeps_the_finished_cots_of_a_record_whose_others_are_not(lab):
+    row = lab.rows[0] | {"cots": [lab.rows[0]["cot"], "Unfinished."], "finished": [True, False]}
+    run = ["stage2_train", "--data", lab.write("cots.jsonl", [row]), "--dry-run"]
+    lab.run(*run)
+    said = lab.capsys.readouterr().out
+    assert "\n1 examples," in f"\n{said}" and "1 records with a CoT left out" in said
+    lab.run(*run, "--keep-unfinished")
+    said = lab.capsys.readouterr().out
+    assert "\n2 examples," in f"\n{said}" and "left out" not in said
+
+
 COTS = {"id": "a", "prompt": "p", "cot": "c", "score": 3, "cots": ["c"], "finished": [True]}
 BAD = [
     ("stage1_train", [], ["--data", "missing.jsonl"], "missing.jsonl: no such file"),

@@ -24,19 +24,19 @@ def check_training_options(args) -> None:
         raise InputError("--fsdp: spreads all weights (--full) over the processes that torchrun starts")
     no_ce_at_score = args.ce_weight == 0 or args.score_ce == "none" or args.score_weight == 0
     if args.stage < 3 and args.lam == 0 and no_ce_at_score:
-        raise InputError("--lambda 0: then nothing trains the score; leave it away, or what turns its CE off")
+        raise InputError("--lambda 0: then nothing trains the score; leave it out, or what turns its CE off")
     if args.score_weight is not None and (args.score_ce == "none" or args.ce_weight == 0):
         raise InputError(
-            "--score-weight: weighs nothing with --score-ce none or --ce-weight 0; leave one away"
+            "--score-weight: weighs nothing with --score-ce none or --ce-weight 0; leave one out"
         )
     if hub.is_four_bit(args.model) and not args.lora:
-        raise InputError(f"{args.model}: its base is in 4 bits, which --full can't train; leave --full away")
+        raise InputError(f"{args.model}: its base is in 4 bits, which --full can't train; leave out --full")
     if args.four_bit and not args.lora:
         raise InputError("--4bit: weights in 4 bits can't be trained, adapters on them can; add --lora")
     four_bit_options(args.four_bit, torch.float32)  # is the library there?
     rank = hub.read(args.model, "adapter_config.json").get("r", args.lora)
     if args.lora and args.lora != rank:
-        raise InputError(f"--lora {args.lora}: {args.model} has adapters of rank {rank}; leave that away")
+        raise InputError(f"--lora {args.lora}: {args.model} has adapters of rank {rank}; leave that out")
 
 
 def read_examples(

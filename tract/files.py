@@ -38,12 +38,12 @@ def check_writing_options(args) -> None:
     if args.engine_args and args.engine != "vllm":
         raise InputError("--engine-args: are for --engine vllm")
     if has_to_sample(args) and args.num_cots > 1 and args.temperature < GREEDY:
-        raise InputError("--temperature 0: all CoTs of a prompt would be the same; leave --num-cots away")
+        raise InputError("--temperature 0: all CoTs of a prompt would be the same; leave out --num-cots")
     trained = hub.training_arguments(args.model)
     if trained and trained.get("no_cot") and not args.no_cot:
         raise InputError(f"{args.model}: was trained without CoTs, knows none; use predict.py --no-cot")
     if trained and args.no_cot and not trained.get("no_cot"):
-        raise InputError(f"{args.model}: was trained with CoTs, needs one; leave --no-cot away")
+        raise InputError(f"{args.model}: was trained with CoTs, needs one; leave out --no-cot")
 
 
 def read_data(args, needs: tuple[str, ...]) -> list[dict]:
@@ -124,7 +124,8 @@ class Output:
                 if new:
                     yield chunk
                     if self.at_once < at_once:
-                        continue  # memory ran out: a smaller chunk
+                        torch.cuda.empty_cache()  # not before: the error held what it was about
+                        continue  # with a smaller chunk
                     with open(self.file, "ab") as file:
                         file.writelines(self.lines[id] for id in new)
                     bar.update(len(new))
@@ -140,7 +141,6 @@ class Output:
                 raise Fault(f"{self.part}: out of memory; lower --max-length or --num-cots") from None
             self.at_once //= 2
             tqdm.write(f"out of memory: going on with {self.at_once} sequences at a time")
-            torch.cuda.empty_cache()
 
     def add(self, record: dict, fields: dict) -> None:
         """Add fields to a record of the chunk, unless it was finished before."""

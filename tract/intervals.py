@@ -28,17 +28,12 @@ def half_width(errors: np.ndarray, level: int) -> float | None:
     return float(np.sort(errors)[rank - 1]) if rank <= len(errors) else None
 
 
-def around(predictions: np.ndarray | float, reach: float, grid: Grid) -> np.ndarray:
-    """Return the ends (2, …) of intervals around predictions (…): `reach` to each side, inside the grid."""
-    return np.clip([predictions - reach, predictions + reach], grid.values[0], grid.values[-1])
-
-
 def calibrate(path: str, file: Predictions, seed: int, groups: list) -> dict:
     """Return the half-widths by all n records, and how those by one half of them fare on the other.
 
-    inside: the share of true scores in their interval; width: its mean. A level for which half of the groups
-    are too few is None. way: how these were judged, as far as rows and NAME.run.json say. groups: which group
-    each record is of; a group is on one half as a whole, and counts as one where a level needs so many.
+    inside: the share of true scores in their interval. A level for which half of the groups are too few is
+    None. way: how these were judged, as far as rows and NAME.run.json say. groups: which group each record is
+    of; a group is on one half as a whole, and counts as one where a level needs so many.
     """
     rows, grid = file
     predictions = np.array([row["prediction"] for row in rows], dtype=float)
@@ -54,12 +49,8 @@ def calibrate(path: str, file: Predictions, seed: int, groups: list) -> dict:
     for level in (80, 90):
         if rank_of(len(groups_of_half), level) <= len(groups_of_half):
             reach = half_width(errors[in_half], level)
-            low, high = around(predictions[~in_half], reach, grid)
-            tested = {
-                "inside": float(np.mean(errors[~in_half] <= reach)),
-                "width": float(np.mean(high - low)),
-            }
-            found[f"{level} %"] = {"half_width": half_width(errors, level)} | tested
+            inside = float(np.mean(errors[~in_half] <= reach))
+            found[f"{level} %"] = {"half_width": half_width(errors, level), "inside": inside}
     return found
 
 
@@ -109,5 +100,6 @@ def fields(prediction: float | None, calibration: dict | None, grid: Grid) -> di
         return {}
     if prediction is None or not calibration["90 %"]:
         return {"low": None, "high": None}
-    low, high = around(prediction, calibration["90 %"]["half_width"], grid)
+    reach = calibration["90 %"]["half_width"]
+    low, high = np.clip([prediction - reach, prediction + reach], grid.values[0], grid.values[-1])
     return {"low": significant(low), "high": significant(high)}

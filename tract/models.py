@@ -11,7 +11,6 @@ from transformers.utils import logging
 from tract.adapters import add_lora, four_bit_options, load_adapter, merge
 from tract.encode import encode_prompt
 from tract.hub import base_of, folder_of, is_four_bit, one_line, place_of, refusal, resolve
-from tract.ranks import refuse_dropout
 from tract.records import ROOT, Grid, InputError
 
 logging.set_verbosity_error()  # its tracebacks and hints would bury our one line
@@ -101,7 +100,7 @@ def load_base(name: str, dtype: torch.dtype, four_bit: bool):
     if missing:
         raise InputError(f"{name}: lacks weights ({', '.join(missing[:3])}); give a causal language model")
     if four_bit and not any(type(module).__name__ == "Linear4bit" for module in model.modules()):
-        raise InputError(f"{name}: has no layer that could be in 4 bits; leave --4bit away")
+        raise InputError(f"{name}: has no layer that could be in 4 bits; leave out --4bit")
     return model
 
 
@@ -186,7 +185,6 @@ def load_for_training(
     for weight in model.parameters():
         if weight.requires_grad:  # an adapter folder may train whole layers, too, or biases
             weight.data = weight.data.float()
-    refuse_dropout(name, model)
     for module in model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             # Turn off peft's fp32 cast of adapter inputs: autocast would undo it and keep a copy per layer

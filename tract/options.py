@@ -193,5 +193,5 @@ def choose_grid(args: argparse.Namespace) -> Grid:
     grid = Grid.parse(args.grid or str(default), suffix)
     if made and grid != default:
         was = f"{args.model} was trained on {default} after '{default.suffix.strip()}'"
-        raise InputError(f"--grid or --suffix: {was}; leave both away")
+        raise InputError(f"--grid or --suffix: {was}; leave both out")
     return grid

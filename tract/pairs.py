@@ -11,7 +11,6 @@ pairs, weighted by `weight`; the total is the mean over sections. So counts Rewa
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,15 +20,6 @@ from tract.report import table
 from tract.scores import Predictions, count_tied, off_grid_line
 
 NAMES = ("accuracy", "ties", "decoded", "ties_decoded", "above", "log_loss")
-
-
-class Group(NamedTuple):
-    """Hold the values of NAMES (1 + resamples,) over a group of pairs: on the data, then on each resample."""
-
-    section: str
-    subset: str  # "" where all of a section is meant
-    pairs: int  # how many
-    samples: dict[str, np.ndarray]
 
 
 def evaluate(files: dict[str, Predictions], resamples: int, seed: int, interval_of: Callable) -> dict:
@@ -46,8 +36,8 @@ def evaluate(files: dict[str, Predictions], resamples: int, seed: int, interval_
         print(f"likeliest score tied in {count_tied(judged)} of {len(judged)} records; {off_grid}\n")
         rows_of_table = []
         entries = []
-        for section, subset, n, samples in compare(pairs, resamples, seed):
-            intervals = {name: interval_of(values) for name, values in samples.items()}
+        for section, subset, n, means in compare(pairs, resamples, seed):
+            intervals = {name: interval_of(values) for name, values in zip(NAMES, means.T, strict=True)}
             rows_of_table.append([section, subset, n, *intervals.values()])
             entries.append({"section": section, "subset": subset, "pairs": n} | intervals)
         print(table(["section", "subset", "pairs", *NAMES], rows_of_table), end="")
@@ -111,8 +101,12 @@ def judge(pair: list[dict]) -> list[float]:
     return [*values, float(above.mean()), float(-np.log(above.clip(1e-7)).mean())]
 
 
-def compare(pairs: list[list[dict]], resamples: int, seed: int) -> list[Group]:
-    """Return a group for each subset, then for each section of several subsets, then one for all pairs."""
+def compare(pairs: list[list[dict]], resamples: int, seed: int) -> list[tuple]:
+    """Return a group for each subset, then for each section of several subsets, then one for all pairs.
+
+    A group: its section, its subset ("" for all of a section), its number of pairs, and the means of NAMES
+    over them (1 + resamples, 6), on the data, then on each resample.
+    """
     subsets = {}  # (section, subset, weight) → what NAMES says of each pair
     for pair in pairs:
         first = pair[0]
@@ -126,17 +120,13 @@ def compare(pairs: list[list[dict]], resamples: int, seed: int) -> list[Group]:
         values = np.array(judged)  # (n, 6)
         means = [values[random.integers(0, n, n)].mean(0) for _ in range(resamples)]
         means = np.array([values.mean(0), *means])  # (1 + resamples, 6)
-        groups.append(make_group(section, subset, n, means))
+        groups.append((section, subset, n, means))
         sections.setdefault(section, []).append((n, weight * n, means))
     section_means = []
     for section, subsets_of_section in sections.items():
         sizes, weights, means = zip(*subsets_of_section, strict=True)
         section_means.append(np.average(means, axis=0, weights=weights))
         if len(sizes) > 1:
-            groups.append(make_group(section, "", sum(sizes), section_means[-1]))
-    groups.append(make_group("total", "", len(pairs), np.mean(section_means, axis=0)))
+            groups.append((section, "", sum(sizes), section_means[-1]))
+    groups.append(("total", "", len(pairs), np.mean(section_means, axis=0)))
     return groups
-
-
-def make_group(section: str, subset: str, n: int, means: np.ndarray) -> Group:
-    return Group(section, subset, n, dict(zip(NAMES, means.T, strict=True)))

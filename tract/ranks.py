@@ -17,8 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tract.records import InputError
-
 
 def join() -> None:
     """Join the other processes, if torchrun started this one; the first alone goes on printing."""
@@ -100,18 +98,6 @@ def anyone(wants: bool) -> bool:
     votes = torch.tensor([float(wants)], device="cuda" if torch.cuda.is_available() else "cpu")
     add_up([votes])
     return bool(votes)
-
-
-def refuse_dropout(name: str, model) -> None:
-    """Refuse dropout in several ranks: all would draw the same numbers. Raises InputError."""
-    if world_size() == 1:
-        return
-    for module in model.modules():
-        for field, value in vars(module).items():
-            is_dropout = "drop" in field or isinstance(module, torch.nn.Dropout)
-            if is_dropout and isinstance(value, float) and value > 0:
-                remedy = "set all that holds 'drop' in its config.json, or adapter_config.json, to 0"
-                raise InputError(f"{name}: several processes would draw the same dropout; {remedy}")
 
 
 def spread(model) -> None:

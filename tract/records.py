@@ -77,11 +77,8 @@ class Grid(NamedTuple):
         return cls(tuple(tokens), tuple(values), f" {suffix.strip()} ")
 
     def __str__(self) -> str:
-        pairs = []
-        for token, value in zip(self.tokens, self.values, strict=True):
-            short = f"{value:.12g}"
-            pairs.append(f"{token}={short if float(short) == value else value}")
-        return ",".join(pairs)
+        pairs = zip(self.tokens, self.values, strict=True)
+        return ",".join(f"{token}={value}".removesuffix(".0") for token, value in pairs)
 
     def nearest(self, score: float) -> int:
         """Return the index of the grid point nearest to `score`, halves up."""
@@ -124,15 +121,20 @@ def significant(number: float) -> float:
 
 def read_records(path: str | Path, grid: Grid, need: Iterable[str] = ("id", "prompt")) -> list[dict]:
     """Read a JSONL file of records with the fields `need`. Raises InputError, with path:line and remedy."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise InputError(f"{path}: no file but a folder or a pipe, which is read once; write it into a file")
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; give a JSONL file of records (data/*/prepare.py make some)")
+    check_file(path)
     with open(path, "rb") as lines:
         records = records_of(lines, f"{path}:", grid, tuple(need))
     if not records:
         raise InputError(f"{path}: no records in it; was it cut off while being made?")
     return records
+
+
+def check_file(path: str | Path) -> None:
+    """Refuse what is not there, or can't be read twice. Raises InputError."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise InputError(f"{path}: no file but a folder or a pipe, which is read once; write it into a file")
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; give a JSONL file of records (data/*/prepare.py make some)")
 
 
 def records_of(lines: Iterable[bytes], place: str, grid: Grid, need: tuple[str, ...]) -> list[dict]:

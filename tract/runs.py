@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from tract.hub import read_json
 from tract.records import ROOT, InputError
-from tract.settings import arguments, settings_of, versions
+from tract.settings import VERSION, arguments, settings_of
 
 GO_ON = "what was finished is kept; mend it and give the same command to go on"
 PASSING = {"lock", "settings.json", ".settings.json.tmp", "state.pt"}  # what OUT.part has and OUT has not
@@ -75,13 +75,14 @@ def write_run(path: Path, args: argparse.Namespace, settings: dict, started: flo
     """Write run.json: what was asked, on which files, with which versions, and what came out (`facts`)."""
     commit = None
     if shutil.which("git"):
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        git = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True)
         commit = git.stdout.strip() or None
     inputs = ("model ", "base ", "data", "valid")
     run = {
         "script": Path(sys.argv[0]).name,
         "git_commit": commit,
-        **versions(args),
+        **{name.removeprefix(VERSION): value for name, value in settings.items() if name.startswith(VERSION)},
         "python": platform.python_version(),
         "wall_seconds": round(time.time() - started, 1),
         "arguments": arguments(args),
@@ -122,8 +123,7 @@ def begin(args: argparse.Namespace) -> tuple[Path, dict, IO]:
 
 
 def finish(part: Path, out: Path) -> None:
-    """Give part/whole, of which run.json is written last, its name; remove what only going on needs."""
-    (part / "state.pt").unlink(missing_ok=True)
+    """Give part/whole its name; remove what only going on needs."""
     for path in (part / "whole").rglob("*"):
         if path.is_file():  # safetensors writes files that nobody else may read
             path.chmod((part / "settings.json").stat().st_mode)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tract.hub import read_json, sha256
-from tract.records import Grid, InputError, parse_line, predicted, read_records
+from tract.records import Grid, InputError, check_file, parse_line, predicted, read_records
 
 OFF_GRID = 0.05  # mean off-grid mass above which predictions are not on the scale any more
 
@@ -26,60 +26,35 @@ def read_predictions(
     grid: the same tokens with these values; cots: use the first so many; renormalise: divide each expected
     score by its mass on the grid. Raises InputError, with what is wrong and where.
     """
-    written, renormalised = find_grid(path, grid, renormalise)
+    written = grid_of(path)
     wanted = Grid.parse(grid) if grid else written
     if wanted.tokens != written.tokens:
         raise InputError(f"--grid {grid}: {path} is on {written}; give the same scores, with other values")
-    rows = read_records(path, wanted, ("id", "prediction", "decoded", "score_probs", "off_grid", "finished"))
+    need = ("id", "prediction", "decoded", "score_probs", "off_grid", "finished", "grid")
+    rows = read_records(path, wanted, need)
+    text_of_grid = rows[0]["grid"]
+    was_renormalised = rows[0].get("renormalised", False)
     for row in rows:
-        row["renormalised"] = renormalised
+        if row["grid"] != text_of_grid or row.get("renormalised", False) != was_renormalised:
+            differs = "'grid' or 'renormalised' differs from the first record's"
+            raise InputError(f"{path}: record {row['id']!r}: {differs}; evaluate the two kinds apart")
+        row["renormalised"] = was_renormalised or renormalise
         if cots and cots > len(row["finished"]):
             raise InputError(f"{path}: record {row['id']!r} has fewer CoTs than --cots {cots}")
         for field in ("finished", "score_probs", "off_grid"):
             row[field] = row[field][:cots]
         if grid or cots or renormalise:
-            row["prediction"], row["decoded"] = predicted(row["score_probs"], wanted, renormalised)
+            row["prediction"], row["decoded"] = predicted(row["score_probs"], wanted, row["renormalised"])
     return Predictions(rows, wanted)
 
 
-def find_grid(path: str, grid: str | None, renormalise: bool) -> tuple[Grid, bool]:
-    """Return the grid of a file of predict.py, and whether it is renormalised, as each of its rows says.
-
-    Rows of older versions do not; NAME.run.json does, or else the options `grid` and `renormalise`.
-    Raises InputError where nothing does, or rows differ.
-    """
-    if not Path(path).exists():
-        raise InputError(f"{path}: no such file; give a JSONL file of predict.py")
-    if not Path(path).is_file() or path.encode(errors="replace").decode() != path:
-        raise InputError(f"{path}: no plain file with a name in UTF-8; give a JSONL file of predict.py")
-    said = {}  # what rows say, the grid as text and if it is renormalised → the first line that says so
+def grid_of(path: str) -> Grid:
+    """Return the grid that the first row of a file of predict.py names. Raises InputError."""
+    check_file(path)
     with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            row = parse_line(line, where) if line.strip() else {}
-            if "prediction" in row:  # where it is missing, read_records says so
-                both = (str(row.get("grid") or ""), bool(row.get("renormalised")))
-                said.setdefault(both, where)
-    noted = {}
-    if any(not text for text, _ in said):
-        noted = read_run_json(path)
-    meant = {}  # the same with a Grid → the line
-    for (text, flag), where in said.items():
-        text_of_grid = text or noted.get("grid") or grid
-        if text_of_grid is None:
-            options = "--grid, as in 1,2,3,4,5, and with --renormalise if predict.py had it"
-            raise InputError(f"{where}: no 'grid' in it; say which with {options}")
-        try:
-            parsed = Grid.parse(str(text_of_grid))
-        except InputError as error:
-            raise InputError(f"{where}: its 'grid' is none ({error})") from None
-        renormalised = bool(flag or noted.get("renormalise") or renormalise)
-        meant.setdefault((parsed, renormalised), where)
-    if len(meant) > 1:
-        where = list(meant.values())[1]
-        differs = "'grid' or 'renormalised' differs from the first record's"
-        raise InputError(f"{where}: {differs}; evaluate the two kinds apart")
-    return next(iter(meant), (Grid(), False))  # where there is none, read_records says so
+        first = next((line for line in lines if line.strip()), b"{}")
+    text = parse_line(first, f"{path}:1").get("grid")
+    return Grid.parse(text) if isinstance(text, str) else Grid()  # where it names none, read_records says so
 
 
 def read_run_json(path: str) -> dict:
@@ -149,7 +124,7 @@ def groups_of(rows: list[dict], field: str) -> list[str]:
             raise InputError(f"--group {field}: {what}; give a field that all have")
         groups.append(str(row[field]))
     if len(set(groups)) < 2:
-        raise InputError(f"--group {field}: all records are of one group, {groups[0]!r}; leave it away")
+        raise InputError(f"--group {field}: all records are of one group, {groups[0]!r}; leave it out")
     return groups
 
 

@@ -24,22 +24,16 @@ MEASURES = {"ce": "CE {:.3f} a token", "rmse": "RMSE {:.3f}", "r": "r {:.3f}", "
 
 def begin(args) -> tuple:
     """Make OUT.part, or go on with it; returns it, its settings and its lock, which rank 0 alone has."""
-    found = (Path(f"{args.out}.part"), None, None) if ranks.rank() else runs.begin(args)
+    if ranks.rank():
+        ranks.wait()
+        return Path(f"{args.out}.part"), None, None
+    found = runs.begin(args)
     ranks.wait()
     return found
 
 
-def finish_if_whole(part: Path, out: Path) -> bool:
-    """Give a checkpoint its name whose run was killed just before that; returns whether there is one."""
-    whole = ranks.anyone((part / "whole/run.json").is_file())
-    if whole and not ranks.rank():
-        print(f"{part}: is trained already")
-        runs.finish(part, out)
-    return whole
-
-
 def save_checkpoint(args, model, tokenizer, part: Path, settings: dict, started: float, facts: dict) -> None:
-    """Write the checkpoint, then run.json, and only then give all the name args.out. Raises Fault."""
+    """Write the checkpoint and run.json, and only then give all the name args.out. Raises Fault."""
     weights = ranks.together(model.state_dict()) if args.fsdp else None
     if ranks.rank():
         return
@@ -58,14 +52,13 @@ def save_checkpoint(args, model, tokenizer, part: Path, settings: dict, started:
     shutil.copy(part / "log.jsonl", whole)
     (whole / "README.md").unlink(missing_ok=True)  # peft's, a form to fill in
     facts |= {"last_step": log[-1], "enable_thinking": thinking_setting(tokenizer)}
-    run = runs.write_run(part / "run.json", args, settings, started, **facts)
+    run = runs.write_run(whole / "run.json", args, settings, started, **facts)
     extras = {"README.md": lambda: card(run), "curves.png": lambda: curves.draw({"": log}).savefig}
     for name, make in extras.items():
         try:  # a training of hours does not fail for want of a page about it
             runs.write_whole(whole / name, make())
         except Exception as error:
             print(f"{args.out}: without {name} ({hub.one_line(error)})")
-    (part / "run.json").replace(whole / "run.json")  # last: where it is, everything is
     runs.finish(part, args.out)
     print(f"{args.out}: stage {args.stage} done in {time.time() - started:.0f} s")
 
@@ -124,15 +117,19 @@ class Journal:
 
     def remaining(self, plan: list) -> Iterator[tuple[int, list[Example]]]:
         """Yield the steps that are still to be taken: their numbers, from 1 on, and their examples."""
-        yield from enumerate(plan[self.done :], self.done + 1)
+        for step, window in enumerate(plan[self.done :], self.done + 1):
+            # For dropout: other numbers in each step and on each rank, and the same after an interruption
+            torch.manual_seed(runs.seed_of(f"{self.args.seed}/{step}/{ranks.rank()}"))
+            yield step, window
 
     def end_step(self, window: list[Example], line: dict) -> None:
         """Log a step, save the state where that is due, stop if asked to. Raises Fault, KeyboardInterrupt."""
         step = line["step"]
         self.bar.set_postfix(loss=line["loss"], refresh=False)
-        for name in ("loss", "ce", "penalty", "grad_norm"):
-            if not math.isfinite(line[name]):
-                line[name] = None  # JSON knows no NaN
+        for numbers in (line, line.get("valid", {})):
+            for name, number in numbers.items():
+                if isinstance(number, float) and not math.isfinite(number):
+                    numbers[name] = None  # JSON knows no NaN
         self.log.write(json.dumps(line) + "\n")
         self.tokens += sum(len(example.ids) for example in window)
         self.bar.update()
@@ -166,8 +163,6 @@ def save_state(folder: Path, model, optimiser, schedule, step: int) -> None:
     """Save all that a run needs to end as if it had never stopped. Raises Fault."""
     state = {"step": step, "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
     state["weights"] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    state["random"] = torch.get_rng_state()
-    state["random_on_gpus"] = torch.cuda.get_rng_state_all()
     state = ranks.together(state)
     if not ranks.rank():
         runs.write_whole(folder / "state.pt", partial(torch.save, state))
@@ -191,8 +186,6 @@ def load_state(folder: Path, model, optimiser, schedule) -> int:
             moments[name] = ranks.spread_like(trained[i], moment)
     optimiser.load_state_dict(state["optimiser"])
     schedule.load_state_dict(state["schedule"])
-    torch.set_rng_state(state["random"])
-    torch.cuda.set_rng_state_all(state["random_on_gpus"][: torch.cuda.device_count()])  # maybe none
     if not ranks.rank():
         lines = log.read_text("utf-8").splitlines(keepends=True)
         runs.write_whole(log, "".join(lines[: state["step"]]))

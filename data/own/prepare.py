@@ -87,9 +87,9 @@ def choose_columns(args: argparse.Namespace, rows: list) -> dict[str, str]:
     sources = dict(args.map)
     twice = [field for field in sources if field in dict(args.set)]
     if twice:
-        raise InputError(f"{twice[0]}: is in --map and in --set; leave one of them away")
+        raise InputError(f"{twice[0]}: is in --map and in --set; leave one of them out")
     if "ratings" in sources and args.ratings:
-        raise InputError("ratings: is in --map, and --ratings names columns; leave one of them away")
+        raise InputError("ratings: is in --map, and --ratings names columns; leave one of them out")
     asked = [*sources.values(), *args.ratings]
     for column in [*asked, *filter(None, [args.group])]:
         if column not in columns:

@@ -97,7 +97,7 @@ def names_of(files: list[str]) -> list[str]:
     real = [os.path.realpath(file) for file in files]
     for file, path in zip(files, real, strict=True):
         if real.count(path) > 1:
-            raise InputError(f"{file}: given twice; leave one away")
+            raise InputError(f"{file}: given twice; leave one out")
     paths = [Path(os.path.abspath(file)) for file in files]
     stems = [path.stem for path in paths]
     names = [path.stem if stems.count(path.stem) == 1 else path.parent.name for path in paths]
@@ -113,7 +113,7 @@ def main() -> None:
     add("--rubric", default=RUBRIC, help="what the judge is to look at, for rows without a rendered prompt")
     args = parser.parse_args()
     if args.files and args.hub:
-        raise InputError("--hub: without files, it says which data set is fetched; leave one of them away")
+        raise InputError("--hub: without files, it says which data set is fetched; leave one of them out")
     check_new(args.out)
     names = names_of(args.files)
     sources = {name: (file, read_items(file)) for name, file in zip(names, args.files, strict=True)}

@@ -19,6 +19,7 @@ TASKS = {
     "ists-cpu": "Interpretable STS, on a CPU",
     "feedbackqa": "FeedbackQA",
     "saf": "SAF",
+    "saf-cpu": "SAF, on a CPU",
 }
 FRONT = ("Interpretable STS", "FeedbackQA")  # in table and figure of the README
 NAMES = {"pearson": "r", "rmse": "RMSE"}
