@@ -6,8 +6,8 @@ Lengths are those of MT-Bench judgements (../docs/speed.md).
 """
 
 import torch
-from memory import SHAPES, estimate  # which puts the repository into sys.path
-from transformers import AutoModelForCausalLM, LlamaConfig
+from memory import SHAPES, estimate, shape_of  # which puts the repository into sys.path
+from transformers import LlamaConfig
 
 from results.tables import table
 from tract import runs
@@ -26,63 +26,64 @@ SMALLER |= {"vocab_size": 128256, "intermediate_size": 8192, "tie_word_embedding
 MODELS = {"llama-3.2-1b": LlamaConfig(**SMALLER)} | SHAPES
 
 
-def weights_of(config) -> tuple[int, int]:
+def weights_of(model) -> tuple[int, int]:
     """Return the weights of the decoder's matrices, which every token meets, and those of the head."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
     linear = [m.weight.numel() for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
     return sum(linear), model.get_output_embeddings().weight.numel()
 
 
-def reading(config, tokens: int, heads: int) -> float:
+def reading(model, tokens: int, heads: int) -> float:
     """Return the FLOPs of one forward pass over a sequence, with `heads` tokens that go through the head."""
-    decoder, head = weights_of(config)
+    decoder, head = weights_of(model)
     # In attention four a layer, channel and pair of tokens, of which half are masked
-    attention = 2 * config.num_hidden_layers * config.hidden_size * tokens**2
+    attention = 2 * model.config.num_hidden_layers * model.config.hidden_size * tokens**2
     return 2 * (decoder * tokens + head * heads) + attention
 
 
-def training(config, lora: bool, checkpointing: bool, prompt: int = PROMPT, cot: int = COT) -> float:
+def training(model, lora: bool, checkpointing: bool, prompt: int = PROMPT, cot: int = COT) -> float:
     """Return the FLOPs of training on a sequence."""
     passes = 2  # forward, and the gradients of the activations
     if not lora:
         passes += 1  # the gradients of the weights: next to none with LoRA
     if checkpointing:
         passes += 1  # activations anew
-    return passes * reading(config, prompt + cot, cot)
+    return passes * reading(model, prompt + cot, cot)
 
 
-def writing(config, rows: int) -> float:
+def writing(model, rows: int) -> float:
     """Return the bytes that are read for each token written: a share of the weights, and keys and values."""
+    config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cached = 2 * config.num_hidden_layers * config.num_key_value_heads * width * (PROMPT + COT / 2)
-    return 2 * (sum(weights_of(config)) / rows + cached)
+    return 2 * (sum(weights_of(model)) / rows + cached)
 
 
-def hours(config, lora: bool, records: int) -> list[float]:
+def hours(model, lora: bool, records: int) -> list[float]:
     """Return the GPU hours of stage 1, CoTs and stage 2 on so many records, and of judging 10,000."""
-    stage = EPOCHS * records * training(config, lora, True) / TRAINING / 3600
-    prompt = reading(config, PROMPT, 1) / READING / 3600
-    cot = COT * writing(config, ROWS) / WRITING / 3600
+    stage = EPOCHS * records * training(model, lora, True) / TRAINING / 3600
+    prompt = reading(model, PROMPT, 1) / READING / 3600
+    cot = COT * writing(model, ROWS) / WRITING / 3600
     return [stage, records * (prompt + cot), stage, 1e4 * (prompt + cot)]
 
 
 def main() -> None:
     """Print hours by model, and what --fsdp leaves on each GPU."""
+    models = {name: shape_of(config) for name, config in MODELS.items()}
     rows = []
-    for name, config in MODELS.items():
+    for name, model in models.items():
         for lora in (True, False):
-            parts = hours(config, lora, 100_000)
+            parts = hours(model, lora, 100_000)
             numbers = [f"{x:.1f}" for x in (*parts, sum(parts))]
             rows.append([name, "LoRA" if lora else "all weights", *numbers])
     steps = ["stage 1", "CoTs", "stage 2", "judging 10,000", "all"]
     print(table(["H100 hours for 100,000 records", "trained", *steps], rows))
     rows = []
-    for name, config in SHAPES.items():
-        whole = sum(estimate(config, None, (1, 3000, 250), True, True).values())
-        decoder, _ = weights_of(config)  # 16 bytes of each: weight, gradient, AdamW
+    for name in SHAPES:
+        model = models[name]
+        whole = sum(estimate(model, None, (1, 3000, 250), True, True).values())
+        decoder, _ = weights_of(model)  # 16 bytes of each: weight, gradient, AdamW
         shares = [(whole - 16 * decoder * (n - 1) / n) / 2**30 for n in (1, 2, 4, 8, 32)]
-        step = training(config, False, True) / TRAINING
+        step = training(model, False, True) / TRAINING
         exchange = [3 * 4 * decoder / speed for speed in (450e9, 50e9)]  # gathered twice, summed once
         rows.append([name, *(f"{x:.0f}" for x in shares), *(f"{x:.2f}" for x in (step, *exchange))])
     head = ["--fsdp: GiB a GPU, on", "1", "2", "4", "8", "32 GPUs", "s to compute a sequence"]

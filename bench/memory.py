@@ -31,16 +31,21 @@ SHAPES = {  # transformers' defaults are those of Mistral-7B; no hub is needed f
 FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight in NF4, of its block's scale, of that one's
 
 
+def shape_of(config):
+    """Make a model without weights: the shapes of all tensors are there, and nothing is in them."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def estimate(
-    config, lora: int | None, batch: tuple[int, int, int], bf16: bool, checkpointing: bool, four_bit=False
+    model, lora: int | None, batch: tuple[int, int, int], bf16: bool, checkpointing: bool, four_bit=False
 ) -> dict:
     """Return the bytes at the peak of a step, by what takes them, for blocks like those of Llama and Mistral.
 
-    Such a block has RMSNorm, a gated MLP, and attention that stores no matrix of scores. lora: the rank, None
-    for all weights. batch: sequences, tokens of each, and how many of these carry loss.
+    Such a block has RMSNorm, a gated MLP, and attention that stores no matrix of scores. model: as `shape_of`
+    makes it. lora: the rank, None for all weights. batch: sequences, tokens of each, and how many of these
+    carry loss.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
     config = model.config.get_text_config()
     sequences, length, supervised = batch
     parameters = sum(p.numel() for p in model.parameters())
@@ -103,8 +108,9 @@ def random_model(config, name: str, dtype: torch.dtype, **options):
 def fit() -> None:
     """Print the estimates for the 7B and 8B models."""
     rows = []
+    shapes = {name: shape_of(config) for name, config in SHAPES.items()}
     for name, lora, n in itertools.product(SHAPES, (8, None), (1, 4)):
-        case = (SHAPES[name], lora, (n, 3000, 250), True)
+        case = (shapes[name], lora, (n, 3000, 250), True)
         estimates = [estimate(*case, checkpointing) for checkpointing in (True, False)]
         sums = [f"{sum(parts.values()) / 2**30:.0f} GiB" for parts in estimates]
         rows.append([name, "LoRA" if lora else "all weights", n, *sums])
@@ -130,7 +136,9 @@ def main() -> None:
     except (OSError, ValueError) as error:
         raise hub.refusal(args.model, error) from None
     batch = (args.batch_size, args.length, args.supervised)
-    parts = estimate(config, args.lora, batch, args.bf16, args.gradient_checkpointing, args.four_bit)
+    parts = estimate(
+        shape_of(config), args.lora, batch, args.bf16, args.gradient_checkpointing, args.four_bit
+    )
     total = sum(parts.values()) / 2**30
     print(f"{args.model}: {total:.2f} GiB at the peak of a step")
     for part, size in parts.items():

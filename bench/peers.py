@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from memory import SHAPES, estimate, peak_of, random_model
+from memory import SHAPES, estimate, peak_of, random_model, shape_of
 from transformers.cache_utils import DynamicLayer
 
 import stage1_train
@@ -150,9 +150,10 @@ def ways_to_train(args, records: list[dict]) -> tuple[dict, dict]:
     ways["Hugging Face Trainer, the same loss"] = partial(with_trainer, False, *given)
     if find_spec("trl"):
         ways["TRL SFTTrainer, CE alone"] = partial(with_trainer, True, *given)
-    flops = [cost.training(model.config, args.lora, False, e.start, e.n_supervised) for e in window]
+    plain = shape_of(model.config)  # without adapters
+    flops = [cost.training(plain, args.lora, False, e.start, e.n_supervised) for e in window]
     shape = (len(window), len(window[-1].ids), max(example.n_supervised for example in window))
-    parts = estimate(model.config, args.lora, shape, args.bf16, checkpointing, args.four_bit)
+    parts = estimate(plain, args.lora, shape, args.bf16, checkpointing, args.four_bit)
     peak = sum(parts.values()) / 2**30
     facts = {"tokens": sum(len(example.ids) for example in window), "flops": sum(flops)}
     facts["weights"] = sum(weight.nbytes for weight in model.parameters())

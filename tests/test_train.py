@@ -130,6 +130,8 @@ def test_steps_that_are_not_finite_are_not_taken(lab, monkeypatch):
     assert [line["taken"] for line in log] == [True, False, True, False, False, True]
     weights = AutoModelForCausalLM.from_pretrained(lab.path / "out").state_dict().values()
     assert log[1]["loss"] is None and all(torch.isfinite(p).all() for p in weights)
+    held_out = {"valid": {"n": 2, "rmse": math.inf}}  # JSON knows no infinity
+    assert training.without_nan(held_out) == {"valid": {"n": 2, "rmse": None}}
 
 
 def test_a_training_that_ends_in_steps_that_are_not_finite_is_not_done(lab, monkeypatch):

@@ -34,14 +34,11 @@ def one_line(error: Exception, length: int = 200) -> str:
 
 
 def check_endpoint() -> None:
-    """Refuse an HF_ENDPOINT without scheme; an empty one counts as none. Raises InputError."""
-    endpoint = os.environ.get("HF_ENDPOINT", "").strip()
-    if not endpoint:
-        os.environ.pop("HF_ENDPOINT", None)  # the libraries would take an empty one at its word
-    elif not re.match(r"https?://[\w.-]+(:\d+)?(/|\Z)", endpoint):
-        raise InputError(
-            f"HF_ENDPOINT is {endpoint!r}; write it with its scheme, as in https://huggingface.co"
-        )
+    """Refuse an HF_ENDPOINT that is empty or has no scheme. Raises InputError."""
+    endpoint = os.environ.get("HF_ENDPOINT")
+    if endpoint is not None and not re.match(r"https?://[\w.-]+(:\d+)?(/|\Z)", endpoint):
+        remedy = "unset it, or write it with its scheme, as in https://huggingface.co"
+        raise InputError(f"HF_ENDPOINT is {endpoint!r}; {remedy}")
 
 
 def resolve(name: str) -> str:

@@ -49,7 +49,10 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
     else:
         add_sampling(parser)
     add = parser.add_argument_group("optimiser").add_argument
-    add("--lr", type=WEIGHT, help="peak learning rate (in stage 3 1e-6, for adapters 1e-5) of AdamW")
+    what = "peak learning rate of AdamW"
+    if stage == 3:
+        what = "constant learning rate of AdamW; None: 1e-5 for adapters, else 1e-6"
+    add("--lr", type=WEIGHT, help=what)
     add("--batch-size", type=COUNT, help="sequences on the device at a time")
     add("--weight-decay", type=WEIGHT, help="of weight matrices")
     add("--clip", type=WEIGHT, default=1.0, help="largest norm of the gradient; 0: any")
@@ -80,9 +83,8 @@ def add_loss(parser: argparse.ArgumentParser) -> None:
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     usage = "%(prog)s [options]"  # all of them would be ten lines, at every mistake
-    return argparse.ArgumentParser(
-        usage=usage, description=description, formatter_class=Help, allow_abbrev=False
-    )
+    options = {"usage": usage, "description": description, "formatter_class": Help}
+    return argparse.ArgumentParser(**options, allow_abbrev=False)
 
 
 def asked_for(default: str) -> tuple[str, dict]:
