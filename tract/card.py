@@ -52,20 +52,24 @@ def card(run: dict) -> str:
         grid=args["grid"],
         suffix=args["suffix"],
     )
-    kinds = {1: "annotators' CoTs", 2: "CoTs that the judge of stage 1 wrote"}
-    kinds[3] = "its own CoTs, weighted by how much better each did than its siblings"
-    held_out = "No records were held out in training."
-    on = "without CoTs" if args["no_cot"] else "CoTs given"
     weight = "one token's share" if args["score_weight"] is None else f"weight {args['score_weight']:g}"
+    kinds = {  # stage → what the model was trained on
+        1: "annotators' CoTs",
+        2: "CoTs that the judge of stage 1 wrote",
+        3: "its own CoTs, weighted by how much better each did than its siblings",
+    }
+    kind = "scores alone, without CoTs" if args["no_cot"] else kinds[args["stage"]]
+    cots = "without CoTs" if args["no_cot"] else "CoTs given"
+    held_out = "No records were held out in training."
     if "kept" in run:  # of stage 3
         held_out = "On {n} held-out records, own CoTs: RMSE {rmse:.3f}, r {r:.3f}; chosen by that RMSE."
         held_out = held_out.format(**run["kept"]["valid"])
     elif "valid" in run["last_step"]:
-        held_out = "On {n} held-out records, {on}: CE {ce:.3f} a token, RMSE {rmse:.3f}."
-        held_out = held_out.format(on=on, **run["last_step"]["valid"])
+        held_out = "On {n} held-out records, {cots}: CE {ce:.3f} a token, RMSE {rmse:.3f}."
+        held_out = held_out.format(cots=cots, **run["last_step"]["valid"])
     facts = {  # of a folder or file only the name: where it lies on a machine is private
         "metadata": metadata.to_yaml(),
-        "kind": "scores alone, without CoTs" if args["no_cot"] else kinds[args["stage"]],
+        "kind": kind,
         "base": base or repr(Path(args["model"]).resolve().name),
         "weight": weight,
         "weights": f"an adapter of rank {adapter}{bits}" if adapter else "all weights",
