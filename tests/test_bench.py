@@ -364,8 +364,13 @@ def test_what_is_said_of_the_rows_on_a_cpu_is_kept():
     committed = real.SETTINGS.parent
     page = " ".join((committed / "README.md").read_text("utf-8").split())
     errors = json.loads((committed / "ists-cpu/squared_error.json").read_text("utf-8"))
-    late = [f"{np.mean(errors[row][-100:]):.2f}".removeprefix("0") for row in ("ce-w1", "tract")]
-    assert f"squared error {late[0]} and {late[1]} in the last 100 steps" in page
+    late = [f"{np.mean(errors[row][-100:]):.2f}".removeprefix("0") for row in ("token", "ce-w1", "tract")]
+    assert "squared error on training records, in the last 100 steps, is {}, {} and {}:".format(*late) in page
+    cells = json.loads((committed / "ists-cpu.json").read_text("utf-8"))["cells"]
+    r = {c["row"]: c["pearson"]["mean"] for c in cells if (c["test"], c["reading"]) == ("test", "rail")}
+    said = [f"{r[row]:.2f}".removeprefix("0") for row in ("token", "ce-w1", "tract", "raft")]
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert "it reaches {}, with `--score-weight 1` {}, TRACT {}, RAFT {}.".format(*said) in readme
     seconds = json.loads((committed / "ists-cpu/seconds.json").read_text("utf-8"))["seconds of each command"]
     assert f"({seconds['tract.test']:.0f} s and {seconds['raft.test']:.0f} s, 524 records" in page
     log = (committed / "ists-cpu/stage3.jsonl").read_text("utf-8").splitlines()
