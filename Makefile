@@ -11,7 +11,7 @@
 #                        every method on people's words and scores with SmolLM2-135M, three seeds: minutes a model on a
 #                        GPU, hours on a CPU; files under out/real (TASKS=ists for one of the two, JOBS=14 for so many
 #                        commands at a time; data/*/README.md says where the data are; TASKS=saf SAF=DIR for a third
-#                        task, with two tests)
+#                        task, with two tests; ists-cpu and saf-cpu are what two cores train in hours)
 #   make test            the tests
 #   make test-vllm ISTS=DIR
 #                        vLLM beside our own engine: the same scores and CoTs? (its CPU build, in .venv-vllm)
@@ -114,8 +114,9 @@ $(REAL)/saf/train.jsonl: | .venv/real
 # As many as two cores train on in hours
 $(REAL)/saf-cpu/train.jsonl: | $(REAL)/saf/train.jsonl
 	mkdir -p $(@D)
-	cp $(REAL)/saf/*.jsonl $(@D)
-	head -n 600 $(REAL)/saf/train.jsonl > $@
+	cp $(REAL)/saf/valid.jsonl $(REAL)/saf/unseen_*.jsonl $(@D)
+	head -n 600 $(REAL)/saf/train.jsonl > $@.part
+	mv $@.part $@
 
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal

@@ -263,14 +263,14 @@ def predictions(folder: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndar
     """Return p (n, CoTs, S) that NAME predicts, true scores (n,) and grid (S,); None if not measured."""
     kept = packed(folder)
     if name in kept:
-        # Those of results/real keep the true scores once: all their tests are on the same records
+        # The GPU's seeds in results/real keep the true scores once: all their tests are on the same records
         true = kept["true"] if "true" in kept else kept[f"{name}.true"]
         return kept[name].astype(float), true, kept["grid"]
     path = Path(folder, f"{name}.jsonl")
     if not path.exists():
         return None
     grid = grid_of(str(path))
-    rows = read_records(path, grid, ("id", "score", "finished", "score_probs"))
+    rows = read_records(path, grid, ("id", "score", "finished", "score_probs", "grid"))
     probs = np.array([row["score_probs"] for row in rows])
     return probs, np.array([row["score"] for row in rows], float), np.array(grid.values)
 

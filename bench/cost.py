@@ -1,4 +1,4 @@
-"""Compute what TRACT costs in GPU hours, from FLOPs and bytes alone: by model, records, CoTs and GPUs.
+"""Compute what TRACT costs, from FLOPs and bytes alone: GPU hours by model, and memory and time of --fsdp.
 
     python bench/cost.py    # the tables of docs/scale.md
 

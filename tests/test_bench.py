@@ -371,6 +371,11 @@ def test_what_is_said_of_the_rows_on_a_cpu_is_kept():
     said = [f"{r[row]:.2f}".removeprefix("0") for row in ("token", "ce-w1", "tract", "raft")]
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
     assert "it reaches {}, with `--score-weight 1` {}, TRACT {}, RAFT {}.".format(*said) in readme
+    (ours, true), (theirs, _) = (judged("ists-cpu", f"{row}.test") for row in ("ce-w1", "token"))
+    picks = np.random.default_rng(0).integers(0, len(true), (1000, len(true)))
+    apart = [METRICS["pearson"](ours[i], true[i]) - METRICS["pearson"](theirs[i], true[i]) for i in picks]
+    assert np.percentile(apart, [2.5, 97.5]) == pytest.approx([0.18, 0.29], abs=0.01)
+    assert ".23 more [.18, .29]" in page
     seconds = json.loads((committed / "ists-cpu/seconds.json").read_text("utf-8"))["seconds of each command"]
     assert f"({seconds['tract.test']:.0f} s and {seconds['raft.test']:.0f} s, 524 records" in page
     log = (committed / "ists-cpu/stage3.jsonl").read_text("utf-8").splitlines()

@@ -1,6 +1,7 @@
 """The scripts that prepare data, the data that are committed, and the links of the pages."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -338,6 +339,28 @@ def test_files_of_pairs_are_told_apart_and_labels_read_in_every_spelling(tmp_pat
         assert convert(row | {"label": label}, "p", "f", "r")[0]["response"] == text
     for label in (True, None, 0, 3, 1.5, "A", [1], {}):
         assert convert(row | {"label": label}, "p", "f", "r") == "'label' is neither 1 nor 2"
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("data/*/prepare.py")), ids=lambda path: path.parent.name)
+def test_every_prepare_starts_by_its_path(script, tmp_path):
+    subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("endpoint", [None, "https://mirror.org"])
+def test_the_hub_is_asked_where_it_is(endpoint, monkeypatch):
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    if endpoint:
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    asked = []
+
+    def open_address(address, timeout):
+        asked.append(address)
+        return io.BytesIO()
+
+    monkeypatch.setattr("urllib.request.urlopen", open_address)
+    monkeypatch.setattr("datasets.load_dataset", lambda hub_id, split: [hub_id, split])
+    assert read_hub("a/b", "train", "b.json", "b/prepare.py") == ["a/b", "train"]
+    assert asked == [f"{endpoint or 'https://huggingface.co'}/api/datasets/a/b"]
 
 
 @pytest.mark.parametrize("address", ["", " ", "mirror.org"])

@@ -215,6 +215,8 @@ def test_what_is_no_whole_file_of_predictions_is_refused(lab):
         lab.write("empty", []): "no records in it",
     }
     wrong |= {lab.path: "a folder or a pipe", lab.path / "pipe": "a folder or a pipe"}
+    wrong |= {lab.path / "none": "none: no such file; give a JSONL file of predict.py"}
+    wrong |= {lab.write("odd", [predictions(1)[0] | {"grid": "a,b"}]): "odd:1: its 'grid' is none"}
     for path, message in wrong.items():
         with pytest.raises(InputError, match=message):
             read(path)

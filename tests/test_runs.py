@@ -15,6 +15,7 @@ from conftest import ROOT
 
 import gen_cot
 import predict
+import stage1_train
 from tract import hub, options, runs, settings
 from tract.models import TINY_SEED
 
@@ -149,6 +150,25 @@ def test_training_that_is_killed_as_it_gets_its_name_is_not_done_again(whole, la
     for name in ("log.jsonl", "model.safetensors"):
         assert (lab.path / "out" / name).read_bytes() == (whole / "stage1_train" / name).read_bytes()
     assert {path.stat().st_mode & 0o777 for path in (lab.path / "out").iterdir()} == {0o644}
+
+
+def test_a_model_with_dropout_goes_on_to_the_same_weights(lab, tiny_tokenizer, monkeypatch):
+    model = lab.checkpoint(tiny_tokenizer, attention_dropout=0.5)
+    run = ["stage1_train", "--model", model, "--data", lab.write("few.jsonl", lab.rows[:16]), "--lr", 1e-3]
+    run += ["--epochs", 2, "--batch-size", 4, "--accumulation", 1, "--save-every", 1, "--out"]
+    lab.run(*run, lab.path / "whole")
+    real, calls = stage1_train.accumulate_gradients, []
+
+    def stepping(*args):
+        calls.append(1)
+        return cut_off("killed") if len(calls) == 4 else real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage1_train, "accumulate_gradients", stepping)
+        lab.fail(*run, lab.path / "cut")
+    lab.run(*run, lab.path / "cut")
+    whole, cut = ((lab.path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
 
 
 def test_what_the_machine_lacks_is_said_as_it_is(lab, monkeypatch):

@@ -51,7 +51,7 @@ def plain_training(plan: list[list[Example]], how: tuple):
     return model, steps
 
 
-SPLITS = [(8, 1, 10_000), (2, 4, 7)]  # --batch-size, --accumulation, rows a head
+SPLITS = [(8, 1, 10_000), (1, 8, 1)]  # --batch-size, --accumulation, rows a head
 
 
 @pytest.mark.parametrize("options", ["--gradient-checkpointing", "--score-ce none", "--ce-sum --penalty ntl"])
@@ -130,8 +130,21 @@ def test_steps_that_are_not_finite_are_not_taken(lab, monkeypatch):
     assert [line["taken"] for line in log] == [True, False, True, False, False, True]
     weights = AutoModelForCausalLM.from_pretrained(lab.path / "out").state_dict().values()
     assert log[1]["loss"] is None and all(torch.isfinite(p).all() for p in weights)
-    held_out = {"valid": {"n": 2, "rmse": math.inf}}  # JSON knows no infinity
-    assert training.without_nan(held_out) == {"valid": {"n": 2, "rmse": None}}
+
+
+def test_held_out_measures_that_are_not_finite_are_said_and_not_logged(lab, monkeypatch):
+    found = {"n": 2, "ce": 1.0, "rmse": math.nan}
+    real, calls = stage1_train.evaluate, []
+
+    def broken(*args):  # after the first of two epochs
+        calls.append(1)
+        return found if len(calls) == 1 else real(*args)
+
+    monkeypatch.setattr(stage1_train, "evaluate", broken)
+    data = lab.write("t.jsonl", lab.rows[:16])
+    lab.run("stage1_train", "--data", data, "--valid", data, "--epochs", 2, "--out", lab.path / "out")
+    assert "step 1: held out, on the CoTs given: not finite" in lab.capsys.readouterr().out
+    assert ["valid" in line for line in lab.read("out/log.jsonl")] == [False, True]
 
 
 def test_a_training_that_ends_in_steps_that_are_not_finite_is_not_done(lab, monkeypatch):

@@ -124,7 +124,7 @@ class Output:
                 if new:
                     yield chunk
                     if self.at_once < at_once:
-                        torch.cuda.empty_cache()  # not before: the error held what it was about
+                        torch.cuda.empty_cache()  # only now: the error, until it was handled, held tensors
                         continue  # with a smaller chunk
                     with open(self.file, "ab") as file:
                         file.writelines(self.lines[id] for id in new)

@@ -1,8 +1,9 @@
 """Train in several processes under torchrun; in one, nothing here does anything.
 
 Every process (rank) takes its share of each step. Losses and gradients are divided by the whole step's tokens
-and sequences: their sum over the ranks is what one process would have. Every rank holds the whole model, or
-with --fsdp its share of the blocks' weights, gradients and AdamW (FSDP2, arXiv 2304.11277).
+and sequences: their sum over the ranks is what one process would have, but for dropout, which each rank draws
+for itself. Every rank holds the whole model, or with --fsdp its share of the blocks' weights, gradients and
+AdamW (FSDP2, arXiv 2304.11277).
 
 A training loop needs join, micro_batches, add_up with gradients, and clip; what saves and loads, the others.
 """

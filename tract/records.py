@@ -121,7 +121,7 @@ def significant(number: float) -> float:
 
 def read_records(path: str | Path, grid: Grid, need: Iterable[str] = ("id", "prompt")) -> list[dict]:
     """Read a JSONL file of records with the fields `need`. Raises InputError, with path:line and remedy."""
-    check_file(path)
+    check_file(path, wanted="a JSONL file of records (data/*/prepare.py make some)")
     with open(path, "rb") as lines:
         records = records_of(lines, f"{path}:", grid, tuple(need))
     if not records:
@@ -129,12 +129,12 @@ def read_records(path: str | Path, grid: Grid, need: Iterable[str] = ("id", "pro
     return records
 
 
-def check_file(path: str | Path) -> None:
+def check_file(path: str | Path, wanted: str) -> None:
     """Refuse what is not there, or can't be read twice. Raises InputError."""
     if Path(path).exists() and not Path(path).is_file():
         raise InputError(f"{path}: no file but a folder or a pipe, which is read once; write it into a file")
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; give a JSONL file of records (data/*/prepare.py make some)")
+        raise InputError(f"{path}: no such file; give {wanted}")
 
 
 def records_of(lines: Iterable[bytes], place: str, grid: Grid, need: tuple[str, ...]) -> list[dict]:

@@ -49,12 +49,21 @@ def read_predictions(
 
 
 def grid_of(path: str) -> Grid:
-    """Return the grid that the first row of a file of predict.py names. Raises InputError."""
-    check_file(path)
+    """Return the grid that the first row of a file of predict.py names. Raises InputError, with path:line."""
+    if path.encode(errors="replace").decode() != path:
+        raise InputError(f"{path}: its name is not UTF-8, as metrics.json is; rename it")
+    check_file(path, "a JSONL file of predict.py")
     with open(path, "rb") as lines:
-        first = next((line for line in lines if line.strip()), b"{}")
-    text = parse_line(first, f"{path}:1").get("grid")
-    return Grid.parse(text) if isinstance(text, str) else Grid()  # where it names none, read_records says so
+        rows = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        number, first = next(rows, (1, b"{}"))
+    where = f"{path}:{number}"
+    text = parse_line(first, where).get("grid")
+    if not isinstance(text, str):
+        return Grid()  # read_records says that it names none
+    try:
+        return Grid.parse(text)
+    except InputError as error:
+        raise InputError(f"{where}: its 'grid' is none ({error}); judge anew with predict.py") from None
 
 
 def read_run_json(path: str) -> dict:

@@ -126,7 +126,13 @@ class Journal:
         """Log a step, save the state where that is due, stop if asked to. Raises Fault, KeyboardInterrupt."""
         step = line["step"]
         self.bar.set_postfix(loss=line["loss"], refresh=False)
-        self.log.write(json.dumps(without_nan(line)) + "\n")
+        for name in ("loss", "ce", "penalty", "grad_norm"):
+            if not math.isfinite(line[name]):
+                line[name] = None  # JSON knows no NaN
+        if not all(math.isfinite(x) for x in line.get("valid", {}).values()):
+            del line["valid"]
+            self.bar.write(f"step {step}: {self.held_out}: not finite")
+        self.log.write(json.dumps(line) + "\n")
         self.tokens += sum(len(example.ids) for example in window)
         self.bar.update()
         self.bad_steps = 0 if line["taken"] else self.bad_steps + 1
@@ -153,13 +159,6 @@ class Journal:
 
     def tokens_per_second(self) -> int | None:  # None where no step was left to be taken
         return round(self.tokens / (time.time() - self.started)) if self.tokens else None
-
-
-def without_nan(value):
-    """Return a number, or what a dict holds, with None for what is not finite: JSON knows no NaN."""
-    if isinstance(value, dict):
-        return {name: without_nan(x) for name, x in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_state(folder: Path, model, optimiser, schedule, step: int) -> None:
