@@ -101,11 +101,26 @@ def ridge(train: list[dict], test: list[dict]) -> np.ndarray:
     return model.predict(inputs(test, False))
 
 
-def baselines(train: list[dict], test: list[dict]) -> dict:
-    """Return r and RMSE of a ridge regression, of one rater against the others and of a constant."""
+def means_of_groups(train: list[dict], test: list[dict], field: str) -> np.ndarray | None:
+    """Predict the mean training score of each record's group; None where training lacks one of them."""
+    scores = {}
+    for record in train:
+        scores.setdefault(record[field], []).append(record["score"])
+    if any(record[field] not in scores for record in test):
+        return None
+    return np.array([np.mean(scores[record[field]]) for record in test])
+
+
+def baselines(train: list[dict], test: list[dict], group: str | None) -> dict:
+    """Return r and RMSE of ridge regression, means of groups, one rater against the others and a constant."""
     true = np.array([r["score"] for r in test], dtype=float)
-    predicted = ridge(train, test)
-    found = {"ridge": {name: METRICS[name](predicted, true) for name in ("pearson", "rmse")}}
+    predicted = {"ridge": ridge(train, test)}
+    means = means_of_groups(train, test, group) if group else None
+    if means is not None:
+        predicted[f"mean training score of the {group}"] = means
+    found = {}
+    for label, values in predicted.items():
+        found[label] = {name: METRICS[name](values, true) for name in ("pearson", "rmse")}
     raters = against_others(test)
     if raters:
         found["one rater against the others"] = raters
@@ -147,7 +162,7 @@ def main() -> None:
             groups[file] = [record[task["group"]] for record in records[file]]
     report = {"task": args.task, "split": args.split, "settings": task, "seeds": args.seeds}
     report |= ablations.summarise(folders, tests, files, groups)
-    report["baselines"] = {file: baselines(train, records[file]) for file in files}
+    report["baselines"] = {file: baselines(train, records[file], task.get("group")) for file in files}
     path = ablations.write_report(args, report)
     print(f"{path}; python results/real/draw.py {path} draws it")
 

@@ -288,15 +288,17 @@ def test_committed_tables_of_people_s_scores_come_from_the_committed_predictions
     shown = [line for line in front if line.startswith("|")]
     assert shown and set(shown) <= set(tables.splitlines())
     monkeypatch.setattr(ablations, "packed", functools.cache(ablations.packed))  # each cell reads it twice
-    for task, num_cots in (("ists", 5), ("ists-cpu", 1), ("feedbackqa", 5)):
+    tasks = ("ists", "test", 5), ("ists-cpu", "test", 1), ("feedbackqa", "test", 5)
+    for task, test, num_cots in (*tasks, ("saf-cpu", "unseen_answers", 1)):
         for cell in json.loads((committed / f"{task}.json").read_text("utf-8"))["cells"]:
             for seed, *numbers in zip(
                 cell["seeds"], *(cell[m]["per_seed"] for m in METRICS_SHOWN), strict=True
             ):
                 kept = ablations.predictions(f"{committed}/{task}/{seed}", f"{cell['row']}.{cell['test']}")
                 predicted = ablations.readings(*kept)[cell["reading"]].predictions
-                assert [METRICS[name](predicted, kept[1]) for name in METRICS_SHOWN] == pytest.approx(numbers)
-                real.check_pack(f"{committed}/{task}/{seed}", settings[task], {"tract.test": num_cots})
+                found = [METRICS[name](predicted, kept[1]) for name in METRICS_SHOWN]
+                assert np.nan_to_num(found) == pytest.approx(numbers)  # r of a constant counts as 0
+                real.check_pack(f"{committed}/{task}/{seed}", settings[task], {f"tract.{test}": num_cots})
     for task, n in (("ists", 17), ("feedbackqa", 5)):
         kept = ablations.packed(f"{committed}/{task}/tried")  # on validation records
         own = {name: probs for name, probs in kept.items() if probs.ndim == 3 and "annotated" not in name}
@@ -387,6 +389,34 @@ def test_what_is_said_of_the_rows_on_a_cpu_is_kept():
         ("r", "r from {} to {} and {}"),
     ):
         assert text.format(*(f"{found[name]:.3f}".removeprefix("0") for found in tried)) in options
+
+
+def test_what_is_said_of_saf_is_kept():
+    committed = real.SETTINGS.parent
+    page = " ".join((committed / "README.md").read_text("utf-8").split())
+    report = json.loads((committed / "saf-cpu.json").read_text("utf-8"))
+    rail = {(c["row"], c["test"]): c for c in report["cells"] if c["reading"] == "rail"}
+    answers = [rail[row, "unseen_answers"]["pearson"]["mean"] for row in ("tract", "raft")]
+    known = report["baselines"]["unseen_answers"]
+    means = [known[name]["pearson"] for name in ("mean training score of the question", "ridge")]
+    text = (
+        "they reach r {} and {}, the mean training score of the question alone {}, a regression on words {}"
+    )
+    assert text.format(*(f"{r:.3f}".replace("0.", ".") for r in answers + means)) in page
+    errors = [rail[row, "unseen_questions"]["rmse"]["mean"] for row in ("tract", "raft")]
+    errors.append(report["baselines"]["unseen_questions"]["mean training score"]["rmse"])
+    text = "(RMSE {} and {}, the mean training score {};"
+    assert text.format(*(f"{error:.3f}".replace("0.", ".") for error in errors)) in page
+    tests = ("annotated", "unseen_questions-annotated", "unseen_answers", "unseen_questions")
+    own = [rail["a1", test]["rmse"]["mean"] for test in tests]
+    text = "p_s has an RMSE of {} and {} on the graders' feedback, of {} and {} on its own"
+    assert text.format(*(f"{error:.3f}".replace("0.", ".") for error in own)) in page
+
+
+def test_means_of_groups_are_those_of_training():
+    train = [{"q": "a", "score": 1}, {"q": "a", "score": 2}, {"q": "b", "score": 5}]
+    assert real.means_of_groups(train, [{"q": "b"}, {"q": "a"}], "q").tolist() == [5, 1.5]
+    assert real.means_of_groups(train, [{"q": "a"}, {"q": "c"}], "q") is None
 
 
 def test_controls_and_what_one_rater_reaches_are_counted():
