@@ -412,6 +412,25 @@ def test_what_is_said_of_saf_is_kept():
     text = "p_s has an RMSE of {} and {} on the graders' feedback, of {} and {} on its own"
     assert text.format(*(f"{error:.3f}".replace("0.", ".") for error in own)) in page
 
+    kept = dict(np.load(committed / "saf-cpu/questions.npz"))  # of the unseen answers, and training scores
+
+    def within_questions(values):
+        return values - [values[kept["question"] == number].mean() for number in kept["question"]]
+
+    found = []
+    for row in ("tract", "raft"):
+        probs, true, grid = ablations.predictions(f"{committed}/saf-cpu/seed1", f"{row}.unseen_answers")
+        predicted = probs[:, 0] @ grid
+        with_mean = METRICS["pearson"](predicted, kept["mean"])
+        found.append((with_mean, METRICS["pearson"](within_questions(predicted), within_questions(true))))
+    said = [f"{r:.2f}".removeprefix("0") for pair in zip(*found, strict=True) for r in pair]
+    assert "correlate with the question's mean training score at {}, RAFT's at {};".format(*said) in page
+    assert "have r = {} and {} with the true".format(*said[2:]) in page
+    errors = json.loads((committed / "saf-cpu/squared_error.json").read_text("utf-8"))
+    numbers = [np.mean(errors["tract"][-50:]), np.mean(errors["raft"][-50:]), kept["variance"]]
+    text = "is still {} and {}, with a variance of {}:"
+    assert text.format(*(f"{x:.3f}".removeprefix("0") for x in numbers)) in page
+
 
 def test_means_of_groups_are_those_of_training():
     train = [{"q": "a", "score": 1}, {"q": "a", "score": 2}, {"q": "b", "score": 5}]
