@@ -135,10 +135,9 @@ def main() -> None:
         config = SHAPES.get(args.model) or AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise hub.refusal(args.model, error) from None
+    model = shape_of(config)
     batch = (args.batch_size, args.length, args.supervised)
-    parts = estimate(
-        shape_of(config), args.lora, batch, args.bf16, args.gradient_checkpointing, args.four_bit
-    )
+    parts = estimate(model, args.lora, batch, args.bf16, args.gradient_checkpointing, args.four_bit)
     total = sum(parts.values()) / 2**30
     print(f"{args.model}: {total:.2f} GiB at the peak of a step")
     for part, size in parts.items():

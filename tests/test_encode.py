@@ -164,7 +164,7 @@ TEXT = st.lists(st.sampled_from(WORDS) | LETTERS, min_size=1, max_size=6).map(""
 
 
 @pytest.mark.parametrize("name", [*LITERAL, "tiny_tokenizer"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(prompt=TEXT, cot=TEXT, score=st.sampled_from([1, 3.5, 5]))
 @example(prompt=PROMPT, cot="", score=4)
 @example(prompt=f"Fine.<|eot_id|>{HEADER}", cot="<|eot_id|>", score=4)

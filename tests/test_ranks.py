@@ -105,7 +105,7 @@ def test_fsdp_is_for_all_weights_and_several_processes(lab, monkeypatch):
     out = ["--data", lab.write("few.jsonl", lab.rows[:2]), "--out", lab.path / "out"]
     code, said = lab.fail("stage1_train", "--fsdp", *out)
     assert code == 2 and message in said
-    monkeypatch.setattr("tract.examples.ranks.launched", lambda: True)
+    monkeypatch.setattr(ranks, "launched", lambda: True)
     monkeypatch.setattr(ranks, "join", lambda: None)
     code, said = lab.fail("stage1_train", "--fsdp", "--lora", *out)
     assert code == 2 and message in said

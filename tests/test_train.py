@@ -51,7 +51,7 @@ def plain_training(plan: list[list[Example]], how: tuple):
     return model, steps
 
 
-SPLITS = [(8, 1, 10_000), (1, 8, 1)]  # --batch-size, --accumulation, rows a head
+SPLITS = [(8, 1, 10_000), (1, 8, 10_000), (8, 1, 7), (2, 4, 1)]  # --batch-size, --accumulation, rows a head
 
 
 @pytest.mark.parametrize("options", ["--gradient-checkpointing", "--score-ce none", "--ce-sum --penalty ntl"])

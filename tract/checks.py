@@ -59,8 +59,12 @@ def check_record(record: dict, grid, need: Iterable[str]) -> str | None:
 
 def check_fields(record: dict, need: tuple[str, ...]) -> str | None:
     """Look for fields that are missing, empty, or of another kind, as "4" for 4."""
-    hints = {"cots": "; gen_cot.py adds it", "prompt": "; or instruction, response and rubric"}
-    hints |= dict.fromkeys(("prediction", "grid"), "; predict.py adds it")
+    hints = {
+        "cots": "; gen_cot.py adds it",
+        "prompt": "; or instruction, response and rubric",
+        "prediction": "; predict.py adds it",
+        "grid": "; predict.py adds it",
+    }
     for field in need:
         nothing_on_grid = field == "prediction" and field in record and record.get("renormalised") is True
         if record.get(field) is None and not nothing_on_grid:

@@ -83,8 +83,9 @@ def add_loss(parser: argparse.ArgumentParser) -> None:
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     usage = "%(prog)s [options]"  # all of them would be ten lines, at every mistake
-    options = {"usage": usage, "description": description, "formatter_class": Help}
-    return argparse.ArgumentParser(**options, allow_abbrev=False)
+    return argparse.ArgumentParser(
+        usage=usage, description=description, formatter_class=Help, allow_abbrev=False
+    )
 
 
 def asked_for(default: str) -> tuple[str, dict]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from tract.hub import read_json
 from tract.records import ROOT, InputError
-from tract.settings import VERSION, arguments, settings_of
+from tract.settings import arguments, settings_of
 
 GO_ON = "what was finished is kept; mend it and give the same command to go on"
 PASSING = {"lock", "settings.json", ".settings.json.tmp", "state.pt"}  # what OUT.part has and OUT has not
@@ -79,10 +79,14 @@ def write_run(path: Path, args: argparse.Namespace, settings: dict, started: flo
         git = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True)
         commit = git.stdout.strip() or None
     inputs = ("model ", "base ", "data", "valid")
+    libraries = {}  # their versions, as they were when the run began
+    for name, value in settings.items():
+        if name.startswith("version of "):
+            libraries[name.removeprefix("version of ")] = value
     run = {
         "script": Path(sys.argv[0]).name,
         "git_commit": commit,
-        **{name.removeprefix(VERSION): value for name, value in settings.items() if name.startswith(VERSION)},
+        **libraries,
         "python": platform.python_version(),
         "wall_seconds": round(time.time() - started, 1),
         "arguments": arguments(args),

@@ -54,8 +54,8 @@ def grid_of(path: str) -> Grid:
         raise InputError(f"{path}: its name is not UTF-8, as metrics.json is; rename it")
     check_file(path, "a JSONL file of predict.py")
     with open(path, "rb") as lines:
-        rows = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-        number, first = next(rows, (1, b"{}"))
+        numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        number, first = next(numbered, (1, b"{}"))
     where = f"{path}:{number}"
     text = parse_line(first, where).get("grid")
     if not isinstance(text, str):

@@ -13,7 +13,6 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "peft")
 READS_RESULTS = {f"{name}.py" for name in "eval scores report page pairs curves card".split()}
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("tract/*.py"), *ROOT.glob("tract/*.txt")]
 CODE = sorted(path for path in FILES if path.name not in READS_RESULTS)
-VERSION = "version of "  # a library
 FREE = {"out", "dry_run", "save_every", "model", "engine_args"}  # do not decide, or not by themselves
 FREE_OF_VLLM = set(
     "max_model_len gpu_memory_utilization tensor_parallel_size pipeline_parallel_size max_num_seqs"
@@ -44,7 +43,7 @@ def settings_of(args: argparse.Namespace) -> dict:
         "model": hub.identity(args.model),
         "base": hub.identity(hub.base_of(args.model)),
         "vLLM": {name: value for name, value in vllm.items() if name not in FREE_OF_VLLM},
-        VERSION.strip(): versions(args),
+        "version of": versions(args),
         "code of": {path.name: sha256(path) for path in CODE},
     }
     for group, entries in groups.items():
