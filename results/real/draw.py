@@ -16,13 +16,14 @@ from tables import Cells, bar, table, whose_cots  # noqa: E402
 
 TASKS = {
     "ists": "Interpretable STS",
-    "ists-cpu": "Interpretable STS, on a CPU",
+    "ists-cpu": "Interpretable STS (CPU)",
     "feedbackqa": "FeedbackQA",
     "saf": "SAF",
-    "saf-cpu": "SAF, on a CPU",
+    "saf-cpu": "SAF (CPU)",
 }
 FRONT = ("Interpretable STS", "FeedbackQA")  # in table and figure of the README
 NAMES = {"pearson": "r", "rmse": "RMSE"}
+RATER = "one rater against the others"  # on true scores of fewer raters: not to be put beside the rows
 LINES = [  # label, row, reading
     ("untrained model, RAIL", "seed-no-cot", "rail"),
     ("untrained model, CoT-RAIL", "seed", "rail"),
@@ -30,6 +31,7 @@ LINES = [  # label, row, reading
     ("CE without CoT, RAIL", "ce-no-cot", "rail"),
     ("RAFT without CoT", "raft", "rail"),
     ("CE with CoT, decoded", "ce", "decoded"),
+    ("CE with CoT, CoT-RAIL", "ce", "rail"),
     ("A.1: stage 1 only", "a1", "rail"),
     ("A.3: both stages CE, decoded", "a2", "decoded"),
     ("A.2: both stages CE, CoT-RAIL", "a2", "rail"),
@@ -62,7 +64,8 @@ def tests_in(reports: list[dict]) -> list[Tested]:
                 name += ", " + test.replace("_", " ")
             groups = report["groups"].get(test)
             cells = Cells(report["cells"], test)
-            tests.append(Tested(name, cells, baselines, report["records"][test], groups))
+            comparable = {label: values for label, values in baselines.items() if label != RATER}
+            tests.append(Tested(name, cells, comparable, report["records"][test], groups))
     return tests
 
 
@@ -109,8 +112,10 @@ def tables(test: Tested) -> str:
     if test.groups:
         records += f" of {test.groups} questions"
         resampled = "questions"
-    text = f"{records}; mean ± standard deviation of the seeds; 95 % intervals over seeds and {resampled}; "
-    text += "tied: records where several scores are equally likely.\n\n"
+    if any(len(cell["seeds"]) > 1 for cell in cells.cells.values()):
+        resampled = f"seeds and {resampled}"
+    text = f"{records}; mean ± standard deviation of the seeds; 95 % intervals over {resampled}; "
+    text += "tied: records where several scores are equally likely. r of a constant counts as 0.\n\n"
     head = ["method, prediction", "seeds", "tied", "r", "RMSE", "r, 5 CoTs", "RMSE, 5 CoTs"]
     head += ["Δr to TRACT", "ΔRMSE to TRACT"]
     filled = [i for i in range(len(head)) if any(row[i] for row in rows)]
@@ -140,11 +145,9 @@ def draw(tests: list[Tested], path: Path) -> None:
                 left.plot([r["low"], r["high"]], [y, y], color="black", linewidth=0.8)
                 labels.append(label)
         left.set_yticks(range(len(labels)), labels)
-        for name, style in (("ridge", ":"), ("one rater against the others", "--")):
-            if name in test.baselines:
-                baseline = test.baselines[name]["pearson"]
-                left.axvline(baseline, color="black", linestyle=style, linewidth=1, label=name)
-        left.legend(frameon=False, fontsize=8, ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+        ridge = test.baselines["ridge"]["pearson"]
+        left.axvline(ridge, color="black", linestyle=":", linewidth=1, label="ridge")
+        left.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
         left.set_xlabel(f"{test.name}: Pearson's r (bar: mean, dots: seeds, line: 95 % interval)")
         for label, row, color in (("p_s", "a1", "tab:blue"), ("p_tract", "tract", "tab:orange")):
             annotated = cells.find(row, test=f"{cells.diagnosed}annotated")
@@ -175,9 +178,8 @@ def main() -> None:
     tests = tests_in(given)
     parts = [f"## {test.name}\n\n{tables(test)}" for test in tests]
     front = [test for test in tests if test.name in FRONT]
-    overviews = [overview(tests, "pearson")]
-    if front:
-        overviews.insert(0, overview(front, *NAMES))
+    rest = [test for test in tests if test.name not in FRONT]
+    overviews = [overview(group, *NAMES) for group in (front, rest) if group]
     text = "\n".join([*overviews, *parts])
     (out / "tables.md").write_text(text, "utf-8")
     draw(front or tests, out / "figure.png")
