@@ -30,7 +30,7 @@ from scipy import stats
 from tract import intervals, page, pairs, runs
 from tract.records import InputError
 from tract.report import describe, draw, write
-from tract.scores import Predictions, count, groups_of, keep_common, read_predictions
+from tract.scores import Predictions, facts_of_file, groups_of, keep_common, read_predictions
 
 KINDS = ("prediction", "decoded")  # CoT-RAIL, and the most likely score
 
@@ -146,7 +146,8 @@ def bootstrap(file: Predictions, kind: str, picks: Iterable[np.ndarray]) -> dict
     predicted_points = np.array([grid.nearest(score) for score in predicted])
     true_points = np.array([grid.nearest(score) for score in true])
     with_length = all(isinstance(row.get("response"), str) for row in rows)
-    length = np.array([len(row["response"]) for row in rows] if with_length else [], dtype=float)
+    if with_length:
+        length = np.array([len(row["response"]) for row in rows], dtype=float)
     samples = []
     for pick in picks:
         p = predicted[pick]
@@ -180,13 +181,13 @@ def compare(
     files: all records of each file, by its path. common: those that are compared, from keep_common. group:
     the field that says which records belong together; None: none do.
     """
-    first = next(iter(common))
-    n = len(common[first].rows)
-    groups = list(range(n)) if group is None else groups_of(common[first].rows, group)
-    report = {"reference": first, "evaluated": n, "resamples": resamples, "seed": seed, "files": {}}
+    reference = next(iter(common))
+    n = len(common[reference].rows)
+    groups = list(range(n)) if group is None else groups_of(common[reference].rows, group)
+    report = {"reference": reference, "evaluated": n, "resamples": resamples, "seed": seed, "files": {}}
     if group is not None:
         report |= {"group": group, "groups": len(set(groups))}
-    report["one_rater"] = against_others(common[first].rows)
+    report["one_rater"] = against_others(common[reference].rows)
     samples = {}  # path → kind → metric → values (1 + resamples,)
     for path, file in common.items():
         samples[path] = {}
@@ -194,15 +195,15 @@ def compare(
             picks = draw_resamples(groups, resamples, seed)  # the same for all: so differences are paired
             samples[path][kind] = bootstrap(file, kind, picks)
     for path, file in common.items():
-        entry = count(path, files[path], file)  # records, those left out and why, unfinished CoTs
+        entry = facts_of_file(path, files[path], file)  # records, those left out and why, unfinished CoTs
         entry["difference"] = {}
         for kind in KINDS:
             entry[kind] = {}
             entry["difference"][kind] = {}
             for name, values in samples[path][kind].items():
                 entry[kind][name] = interval(values)
-                if name in samples[first][kind]:  # length_bias may be missing there
-                    difference = values - samples[first][kind][name]  # 0 for the first file itself
+                if name in samples[reference][kind]:  # length_bias may be missing there
+                    difference = values - samples[reference][kind][name]  # 0 for the first file itself
                     entry["difference"][kind][name] = interval(difference)
             # Without interval: a resample holds records twice, which are tied with themselves
             entry[kind]["ties"] = ties(np.array([row[kind] for row in file.rows]))

@@ -28,8 +28,7 @@ def main() -> None:
     lengths = {id: len(prompt) for id, prompt in prompts.items()}
     output.begin(p_s, records, lengths)  # drops what is too long, goes on after the records already written
     for chunk in output.chunks():
-        # If memory runs out in here, the error ends here: chunks() yields this chunk again, for half as many
-        # CoTs at a time
+        # Out of memory ends this block alone: chunks() then yields the records again, in smaller batches
         with output.halving():
             chunk_prompts = [prompts[record["id"]].tolist() for record in chunk]
             # The random numbers of a CoT depend on --seed and the id of its record alone

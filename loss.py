@@ -1,6 +1,6 @@
 """The two formulas of TRACT (arXiv 2503.04381): the RAIL predictor and the CoT-RAFT loss; tensors in and out.
 
-Below them stand other losses, to be compared with the paper's: other penalties, and another CE.
+Below them: the advantages of stage 3, and other losses, to be compared with the paper's.
 Letters: R supervised positions (whose next token carries loss), B sequences, V vocabulary, S scores.
 """
 
@@ -77,7 +77,7 @@ def cot_raft_loss(
                   two-hot  y* split between two tokens: −Σ_v t(v) log p(str(v)) with t = `two_hot`
                   none     there is no CE, as in the authors' code
     score_weight, ce_sum, n_tokens, n_sequences
-                  what the CE is a mean over: see `mean_ce`
+                  what the CE (and, by n_sequences, the penalty) is a mean over: see `mean_ce`
     weights       (R,)  of the CE at each position: in stage 3 the advantage of its CoT; None: all 1
 
     Worked example: one sequence, V = 4, scores 1 and 5 are the tokens 2 and 3, y* = 5. One CoT token has
@@ -90,15 +90,15 @@ def cot_raft_loss(
     y = true_scores[is_score].to(logits.dtype)  # (B,)
     nll = F.cross_entropy(logits, targets, reduction="none")  # (R,)
     if score_ce == "two-hot":
-        nll[is_score] = two_hot_ce(logits_at_score, y, score_ids, score_values)
+        log_probs = logits_at_score.log_softmax(-1)[:, score_ids]  # (B, S)
+        nll[is_score] = -(two_hot(y, score_values) * log_probs).sum(-1)
     if weights is not None:
         nll = weights * nll
     if n_sequences is None:
-        n_sequences = len(y)
-    divisors = {"ce_sum": ce_sum, "n_tokens": n_tokens, "n_sequences": n_sequences}
-    ce = mean_ce(nll, is_score, with_scores=score_ce != "none", score_weight=score_weight, **divisors)
+        n_sequences = max(len(y), 1)
+    ce = mean_ce(nll, is_score, score_ce != "none", score_weight, ce_sum, n_tokens, n_sequences)
     penalties = penalty_of(penalty, logits_at_score, y, score_ids, score_values)  # (B,)
-    mean_penalty = penalties.sum() / max(n_sequences, 1)
+    mean_penalty = penalties.sum() / n_sequences
     return Loss(ce_weight * ce + lam * mean_penalty, ce.detach(), mean_penalty.detach())
 
 
@@ -116,7 +116,7 @@ def mean_ce(
     nll           (R,)  negative log-likelihoods
     with_scores   False: the score's position has no CE, and score_weight is None
     score_weight  None: the score is one token among those of its CoT
-                  w: its CE has a divisor of its own, CE = Σ_CoT / n_tokens + w · Σ_score / n_sequences,
+                  w: its CE has a divisor of its own, CE = Σ_others / n_tokens + w · Σ_scores / n_sequences,
                   where n_tokens counts the scores, too. With ce_sum both divisors are n_sequences
     ce_sum        False: a mean over tokens, as in the authors' code
                   True: summed over each sequence, as in the formula, then a mean over sequences
@@ -124,17 +124,13 @@ def mean_ce(
                   tokens with CE and sequences of the whole optimiser step. Sums are divided by these, so that
                   the losses of its batches add up to that of the step. By default this batch is counted
     """
-    counted = nll
-    if not with_scores:
-        counted = nll[~is_score]  # (R − B,)
+    counted = nll if with_scores else nll[~is_score]
     if n_tokens is None:
         n_tokens = len(counted)
-    divisor = n_sequences if ce_sum else n_tokens
-    divisor = max(divisor, 1)  # a batch may hold no CE token, its CE is then 0
+    divisor = n_sequences if ce_sum else max(n_tokens, 1)  # a batch may hold no CE token, its CE is then 0
     if score_weight is None:
         return counted.sum() / divisor
-    score_term = nll[is_score].sum() / max(n_sequences, 1)
-    return nll[~is_score].sum() / divisor + score_weight * score_term
+    return nll[~is_score].sum() / divisor + score_weight * (nll[is_score].sum() / n_sequences)
 
 
 def advantages(rewards: Tensor, kind: str = "leave-one-out") -> Tensor:
@@ -145,15 +141,15 @@ def advantages(rewards: Tensor, kind: str = "leave-one-out") -> Tensor:
         ∇ E[r(c)] = E[r ∇ log p(c | x) + ∇ r]  ≈  1/K Σ_i (A_i ∇ log p(c_i | x) + ∇ r(c_i))
 
     leave-one-out  A_i = r_i − mean of the others. As they do not depend on c_i, the estimate is unbiased
-    group          A_i = (r_i − mean of all) / their standard deviation, clipped to ±1, the paper's: biased
+    group          A_i = (r_i − mean of all) / their standard deviation, clipped to ±1, as in REAL: biased
 
-    With r = −(ŷ − y*)² this is minus the gradient of CoT-RAFT with `weights` A, CE summed, none at the score.
+    With r = −(ŷ − y*)² that is −∇ cot_raft_loss(weights=A, lam=1, ce_sum=True, score_ce="none").
 
-    Worked example: rewards −1, −1, −4 become 1.5, 1.5, −3, or by group (deviation 3 ** .5) .577, .577, −1.
+    Worked example: rewards −1, −1, −4 become 1.5, 1.5, −3; by group .577, .577, −1 (−1.155, clipped).
     """
     if kind == "group":
-        apart = rewards - rewards.mean(-1, keepdim=True)
-        return (apart / (rewards.std(-1, keepdim=True) + 1e-6)).clamp(-1, 1)  # equal rewards: 0
+        centred = rewards - rewards.mean(-1, keepdim=True)
+        return (centred / (rewards.std(-1, keepdim=True) + 1e-6)).clamp(-1, 1)  # equal rewards: 0
     baselines = (rewards.sum(-1, keepdim=True) - rewards) / (rewards.shape[-1] - 1)  # means of the siblings
     return rewards - baselines
 
@@ -183,15 +179,9 @@ def penalty_of(
     if kind == "ntl":
         distances = (score_values - true_scores[:, None]).abs()  # (B, S)
         return (probs * distances).sum(-1)
-    # What is left is rps. Cumulating the difference of p and two_hot(y) gives P − T, (B, S); the last is 0
-    apart = (probs - two_hot(true_scores, score_values)).cumsum(-1)
-    return (apart[:, :-1].square() * score_values.diff()).sum(-1)
-
-
-def two_hot_ce(logits: Tensor, true_scores: Tensor, score_ids: Tensor, score_values: Tensor) -> Tensor:
-    """Return −Σ_v t(v) log p(str(v)), (B,), with t = `two_hot`: CE with a target whose mean is y."""
-    log_probs = logits.log_softmax(-1)[:, score_ids]  # (B, S)
-    return -(two_hot(true_scores, score_values) * log_probs).sum(-1)
+    # What is left is rps. p − two_hot(y), cumulated, is P − T, (B, S); its last column is 0
+    difference = (probs - two_hot(true_scores, score_values)).cumsum(-1)
+    return (difference[:, :-1].square() * score_values.diff()).sum(-1)
 
 
 def two_hot(true_scores: Tensor, score_values: Tensor) -> Tensor:

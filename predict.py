@@ -26,17 +26,16 @@ def main() -> None:
     judge = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
     samples_cots = has_to_sample(args)  # not with --given, nor with --no-cot
     prompts = encode_prompts(judge.tokenizer, records)  # id → token ids
-    lengths = {id: len(prompt) for id, prompt in prompts.items()}  # tokens of the longest input, here prompts
+    lengths = {id: len(prompt) for id, prompt in prompts.items()}  # tokens that are read: so far the prompt's
     if not samples_cots:  # prompt, ready CoT and suffix
         for record in records:
             prompt_ids = prompts[record["id"]].tolist()
-            cots = ready_cots_of(judge.tokenizer, record, prompt_ids, args.given, args.grid)
+            cots = ready_cots_of(judge, record, prompt_ids, args.given)
             lengths[record["id"]] = max(len(cot.ids) for cot in cots)
 
     output.begin(judge, records, lengths)
     for chunk in output.chunks():
-        # If memory runs out in here, the error ends here: chunks() yields this chunk again, for half as many
-        # CoTs at a time
+        # Out of memory ends this block alone: chunks() then yields the records again, in smaller batches
         with output.halving():
             chunk_prompts = [prompts[record["id"]].tolist() for record in chunk]
             if samples_cots:
@@ -44,10 +43,9 @@ def main() -> None:
             else:
                 chunk_cots = []
                 for record, prompt_ids in zip(chunk, chunk_prompts, strict=True):
-                    cots = ready_cots_of(judge.tokenizer, record, prompt_ids, args.given, args.grid)
-                    chunk_cots.append(cots)
-            # CoT-RAIL: ŷ = Σ_v p(v) · v by the score distribution after each CoT (rail in loss.py), then the
-            # mean of ŷ over the CoTs
+                    chunk_cots.append(ready_cots_of(judge, record, prompt_ids, args.given))
+            # CoT-RAIL: ŷ = Σ_v p(v) · v after each CoT, then the mean of ŷ over the CoTs, as `predicted` in
+            # tract/records.py computes it from the rounded p
             predicted = predict_from(judge, chunk_cots, args.renormalise, args.intervals)
             for record, fields in zip(chunk, predicted, strict=True):
                 output.add(record, fields)

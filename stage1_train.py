@@ -21,11 +21,11 @@ from tract import models, ranks, runs, training
 from tract.encode import Example, score_tokens
 from tract.examples import (
     check_training_options,
-    fetch_data,
+    fetch_default_data,
     plan_epoch,
     print_memory,
+    print_plan,
     read_examples,
-    say_what_lambda_weighs,
     show_example,
 )
 from tract.models import autocast, device, next_token_logits
@@ -62,7 +62,7 @@ DEFAULTS = {
         "lora": None,
     },
 }
-MAX_LOGITS = 2**24  # at a time: 64 MiB in fp32, and as much again for log-softmax and gradient each
+MAX_LOGITS = 2**24  # at a time: 64 MiB in fp32, and 64 each for their log-softmax and their gradient
 
 
 def collate(examples: list[Example]) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ def collate(examples: list[Example]) -> dict[str, Tensor]:
     batch = {
         "ids": ids,  # (B, T)
         "supervised": supervised,  # (B, T)
-        "targets": ids.roll(-1, dims=1)[supervised],  # (R,), the next token; no last one is supervised
+        "targets": ids.roll(-1, dims=1)[supervised],  # (R,), next tokens; no last position is supervised
         "is_score": is_score[supervised],  # (R,)
         "true_scores": true_scores[supervised],  # (R,)
         "weights": weights[:, None].expand(shape)[supervised],  # (R,), of the CE: 1, but in stage 3
@@ -113,13 +113,13 @@ def loss_in_parts(model, states: Tensor, batch: dict, loss_options: dict, bf16: 
     size = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
     for start in range(0, len(states), size):
         positions = slice(start, start + size)
-        # All but these two, which the decoder used, are arguments of cot_raft_loss: (r,) each
+        # What cot_raft_loss takes of the batch, (r,) each: all but the two that the decoder used
         labels = {name: x[positions] for name, x in batch.items() if name not in ("ids", "supervised")}
         with autocast(bf16):
             # (r, V); those of the score tokens are computed in fp32, for bf16 would blur their distribution
             logits = next_token_logits(model, states[positions], loss_options["score_ids"])
             part = cot_raft_loss(logits, **labels, **loss_options)
-        del logits  # the backward pass has what it needs of them
+        del logits  # which this frame would hold while the caller runs the backward pass
         yield part
 
 
@@ -133,7 +133,7 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, args)
     if args.score_ce == "none":  # CE then skips the score of each sequence
         n_tokens -= len(window)
     divisors = {"n_tokens": n_tokens, "n_sequences": len(window)}
-    loss_options = divisors | loss_options  # stage 3 gives n_sequences: some of its CoTs are two examples
+    loss_options = divisors | loss_options  # stage 3 brings n_sequences itself
     sums = torch.zeros(3, device=device())
     for micro_batch in ranks.micro_batches(window, args.batch_size):
         batch = collate(micro_batch)
@@ -189,8 +189,8 @@ def evaluate(model, examples: list[Example], loss_options: dict, args) -> dict:
     """Return mean CE a token and RMSE on held-out examples, on their CoTs as given."""
     model.eval()
     # The same measures whatever is trained on, so that runs can be compared
-    same = {"score_ce": "token", "score_weight": None, "penalty": "squared", "ce_sum": False}
-    loss_options = loss_options | same
+    plain_loss = {"score_ce": "token", "score_weight": None, "penalty": "squared", "ce_sum": False}
+    loss_options = loss_options | plain_loss
     loss_options["n_tokens"] = sum(example.n_supervised for example in examples)
     loss_options["n_sequences"] = len(examples)
     sums = torch.zeros(2, device=device())  # CE, squared error
@@ -222,10 +222,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     for epoch in range(args.epochs):
         plan += plan_epoch(examples, args.batch_size * args.accumulation, f"{args.seed}/{epoch}")
     tokens = sum(len(example.ids) for example in examples)
-    share = sum(example.n_supervised for example in examples) / tokens
-    print(f"{len(examples)} examples, {tokens} tokens, {share:.0%} supervised; {len(plan)} steps")
-    print(f"{len(held_out)} held out" if held_out else "no --valid: nothing is held out")
-    say_what_lambda_weighs(args.grid, args.lam, args.penalty)
+    print_plan(args, examples, held_out, tokens, len(plan))
     if args.dry_run:
         show_example(args, tokenizer, examples[0], score_ids)
         return
@@ -244,7 +241,8 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     try:
         speed = train(args, model, plan, held_out, loss_options, part_folder)
     except torch.OutOfMemoryError:
-        raise Fault(f"{part_folder}: out of memory; lower --batch-size or --max-length, or --lora") from None
+        remedy = "lower --batch-size or --max-length, or add --lora 8"
+        raise Fault(f"{part_folder}: out of memory; {remedy}") from None
     facts = {"examples": len(examples), "tokens": tokens, "tokens_per_second": speed}
     training.save_checkpoint(args, model, tokenizer, part_folder, settings, started, facts)
 
@@ -254,10 +252,7 @@ def main() -> None:
     add = parser.add_argument_group("stage 1").add_argument
     add("--no-cot", action="store_true", help="train on the score alone, without any CoT")
     args = parser.parse_args()
-    default_data = Path(parser.get_default("data")).resolve()  # of this --model
-    if Path(args.data).resolve() == default_data:  # has valid.jsonl beside it; both are fetched where missing
-        args.valid = args.valid or str(default_data.with_name("valid.jsonl"))
-        fetch_data(args, default_data)
+    fetch_default_data(args, parser.get_default("data"))
     args.grid = choose_grid(args)
     need = ("id", "prompt", "score") if args.no_cot else ("id", "prompt", "cot", "score")
     run_stage(args, need, cots_of=lambda record: [record["cot"]])

@@ -21,14 +21,12 @@ def main() -> None:
     args = parser.parse_args()
 
     stage = hub.training_arguments(args.model).get("stage")  # None for a model that was not trained here
-    allowed = None
-    wanted = "the seed model (or, with --continue-from-stage1, from p_s: ablation A.4)"
-    if args.continue_from_stage1:
-        allowed = 1
-        wanted = "p_s, with --continue-from-stage1"
-    if stage != allowed:
-        what = "a model that was not trained here" if stage is None else f"the checkpoint of stage {stage}"
-        raise InputError(f"{args.model}: {what}, but stage 2 starts from {wanted}; give that")
+    what = "a model that was not trained here" if stage is None else f"the checkpoint of stage {stage}"
+    starts_from = f"{args.model}: {what}, but stage 2 starts from"
+    if args.continue_from_stage1 and stage != 1:
+        raise InputError(f"{starts_from} p_s, with --continue-from-stage1; give that")
+    if stage is not None and not args.continue_from_stage1:
+        raise InputError(f"{starts_from} the seed model; give that, or p_s with --continue-from-stage1 (A.4)")
     args.grid = choose_grid(args)  # that of --grid, else 1 to 5; with A.4, that of p_s
     shortened = []  # ids of records that lost a CoT; cots_of fills it while run_stage reads the data
 

@@ -48,15 +48,15 @@ def rewards_of(args, step: int, prompt: Example, cots: list[Cot]) -> torch.Tenso
 def examples_of(prompt: Example, cot: Cot, advantage: float) -> list[Example]:
     """Return what to train on for a CoT: A weighs all tokens that were sampled, and none that was forced."""
     start = len(prompt.ids)
-    score_at = len(cot.ids)
-    with_score = [*cot.ids, 0]  # any token will do as the score: only its distribution is looked at
+    end = len(cot.ids)
+    # Any token will do as the score, 0 here: only its distribution is looked at
+    score = prompt._replace(ids=[*cot.ids, 0], start=end, score_position=end)
     if cot.ids[start:] == cot.sampled:
-        return [prompt._replace(ids=with_score, start=start, score_position=score_at, weight=advantage)]
-    # The suffix was forced, or the text is not encoded as it was sampled. So one example carries the policy
-    # term (its score lies beyond its end, where collate supervises nothing), and another the score
+        return [score._replace(start=start, weight=advantage)]
+    # The suffix was forced, or the text is not encoded as it was sampled: what was sampled is an example of
+    # its own, whose score lies beyond its end, where collate supervises nothing
     sampled = [*prompt.ids, *cot.sampled]
     policy = prompt._replace(ids=sampled, start=start, score_position=len(sampled), weight=advantage)
-    score = prompt._replace(ids=with_score, start=score_at, score_position=score_at)
     return [policy, score]
 
 
@@ -69,7 +69,8 @@ def write_window(args, judge: Loaded, prompts: list[Example], step: int) -> tupl
     for prompt, cots in zip(prompts, groups, strict=True):
         rewards_of_prompt = rewards_of(args, step, prompt, cots)  # (K,)
         rewards += rewards_of_prompt.tolist()
-        for cot, advantage in zip(cots, advantages(rewards_of_prompt, args.advantage).tolist(), strict=True):
+        advantages_of_prompt = advantages(rewards_of_prompt, args.advantage).tolist()
+        for cot, advantage in zip(cots, advantages_of_prompt, strict=True):
             window += examples_of(prompt, cot, advantage)
             sizes.append(abs(advantage))
     return window, {"reward": mean(rewards), "advantage": mean(sizes), **rollout.facts_of(groups)}
@@ -78,12 +79,12 @@ def write_window(args, judge: Loaded, prompts: list[Example], step: int) -> tupl
 def train(args, judge: Loaded, plan: list, held_out: list[Example], folder: Path) -> dict:
     """Take a step a window of prompts; leave the weights best on `held_out` in the model. Returns facts."""
     model = judge.model
-    # The learning rate is constant: nothing steps the schedule
+    # No schedule is stepped: the learning rate stays what it is, --lr
     optimiser, schedule = training.make_optimiser(model, args, args.steps)
     loss_options = judge.score_tensors | LOSS | {"lam": args.lam}  # λ = β
     with training.Journal(args, folder, model, optimiser, schedule, args.steps) as journal:
         log = curves.read_log(folder) if journal.done else []
-        rollout.keep_best(folder, model, journal.done, log, held_out)
+        rollout.keep_best(folder, model, journal.done, log, held_out)  # a killed run may have missed this
         for step, prompts in journal.remaining(plan):
             window, facts = write_window(args, judge, prompts, step)
             if held_out and step == 1:
@@ -97,11 +98,12 @@ def train(args, judge: Loaded, plan: list, held_out: list[Example], folder: Path
             if finite:
                 optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-            log.append({"step": step, "taken": finite, "lr": schedule.get_last_lr()[0], **measured, **facts})
+            line = {"step": step, "taken": finite, "lr": schedule.get_last_lr()[0], **measured, **facts}
             if held_out and (step % rollout.EVERY == 0 or step == args.steps):
-                log[-1]["valid"] = rollout.evaluate(args, judge, held_out)
+                line["valid"] = rollout.evaluate(args, judge, held_out)
+            log.append(line)
             rollout.say_collapse(log, journal.bar.write)
-            journal.end_step(window, log[-1])
+            journal.end_step(window, line)
             rollout.keep_best(folder, model, step, log, held_out)
     rollout.check_weights(args, judge, plan[-1])  # which nothing has tried yet, without --valid
     return rollout.load_best(folder, model, log)

@@ -23,9 +23,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from results.tables import table
 from tract import runs
-from tract.encode import encode_prefix, encode_prompt
+from tract.encode import encode_prefix
+from tract.judge import read_missing_scores
 from tract.options import make_writing_parser, setting
 from tract.records import Grid, read_records
+from tract.text import encode_prompt
 from tract.writing import load_judge, score, write_cots
 
 
@@ -42,11 +44,8 @@ def drive(args) -> dict:
         options += [f"--engine={args.drive}", "--num-cots=1"]
         settings = make_writing_parser("", args.model, "", "").parse_args(options)
         written = write_cots(judge, records[:n], prompts[:n], settings, settings.batch_size)
-        cots = [cot for (cot,) in written]
-        unread = [cot for cot in cots if cot.scores is None]
-        for cot, scores in zip(unread, score(judge, [cot.ids for cot in unread]), strict=True):
-            cot.scores = scores
-        return [{"cot": cot.text, "expected": cot.scores.expected} for cot in cots]
+        read_missing_scores(judge, written)
+        return [{"cot": cot.text, "expected": cot.scores.expected} for (cot,) in written]
 
     tasks = {
         "given CoTs": lambda: [rail.probs for rail in score(judge, texts)],

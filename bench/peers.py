@@ -35,9 +35,10 @@ import stage1_train
 from results.tables import table
 from tract import models, ranks, runs, training, writing
 from tract.batch import left_pad
-from tract.encode import encode, encode_prefix, encode_prompt
+from tract.encode import encode, encode_prefix
 from tract.options import choose_grid, make_judging_parser, make_training_parser
 from tract.records import ROOT, InputError, read_records
+from tract.text import encode_prompt
 
 TASKS = {"training": 0, "judging": 1, "judging-5": 5}  # CoTs a prompt
 CONFIGS = SHAPES | {"tiny": transformers.AutoConfig.from_pretrained(models.TINY_SEED)}

@@ -7,7 +7,7 @@ import urllib.request
 
 from transformers import AutoTokenizer
 
-from tract import encode, hub, records, runs
+from tract import encode, hub, records, runs, text
 
 
 def complete(url: str, ids: list[int], **settings) -> dict:
@@ -43,7 +43,7 @@ def main() -> None:
     sampling = {"temperature": 1, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.03, "max_tokens": 1024}
     wanted = {"logprobs": 1, "logprob_token_ids": score_ids, "return_tokens_as_token_ids": True}
     for record in records.read_records(data, grid):
-        prompt = encode.encode_prompt(tokenizer, record["prompt"])
+        prompt = text.encode_prompt(tokenizer, record["prompt"])
         cot = complete(url, prompt, stop=stop, **sampling)
         # Prompt, CoT and suffix, as in training
         ids = encode.encode_prefix(tokenizer, prompt, cot["text"], grid)

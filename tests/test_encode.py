@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from stage1_train import collate
-from tract.encode import encode, encode_prefix, encode_prompt, score_tokens, thinking_setting
+from tract.encode import encode, encode_prefix, score_tokens
 from tract.records import SUFFIX, Grid, InputError
+from tract.text import encode_prompt, thinking_setting
 
 GRID, PROMPT, COT = Grid(), "Is it good?", "The answer is good."
 BARE = "{{ messages[0]['content'] }}"

@@ -10,10 +10,11 @@ import gen_cot
 import stage1_train
 from loss import Rail, rail
 from tract import batch, models, options, writing
-from tract.encode import encode_prefix, encode_prompt, encode_target
+from tract.encode import encode_prefix, encode_target
 from tract.files import encode_prompts
 from tract.models import TINY_SEED
 from tract.records import SUFFIX, Grid
+from tract.text import encode_prompt
 from tract.writing import Loaded, load_judge, sample
 
 GRID, COT = Grid(), "The answer is good."

@@ -101,7 +101,7 @@ def test_dropout_is_drawn_anew_in_each_step_and_rank_and_the_same_after_an_inter
 
 
 def test_fsdp_is_for_all_weights_and_several_processes(lab, monkeypatch):
-    message = "spreads all weights (--full) over the processes"
+    message = "spreads all weights over the processes of torchrun"
     out = ["--data", lab.write("few.jsonl", lab.rows[:2]), "--out", lab.path / "out"]
     code, said = lab.fail("stage1_train", "--fsdp", *out)
     assert code == 2 and message in said

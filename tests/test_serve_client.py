@@ -7,8 +7,9 @@ import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
-from tract.encode import encode_prefix, encode_prompt, score_tokens
+from tract.encode import encode_prefix, score_tokens
 from tract.records import Grid
+from tract.text import encode_prompt
 
 
 def test_two_requests_make_a_prediction(lab, tiny_tokenizer, monkeypatch):

@@ -1,6 +1,7 @@
 """All that a first reader of the scripts may skip; encode.py alone belongs to the first reading.
 
 encode.py       from a record to token ids, and which positions carry loss
+text.py         a prompt in its chat template, text that can't become a control token
 records.py      the JSONL record and its score grid; checks.py: what is refused as a record
 prompt.py       the judge prompt for records that bring none
 models.py       load a model, run decoder and head; hub.py: where its files are; adapters.py: LoRA and others

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from tract import hub, models, ranks, runs
 from tract.adapters import four_bit_options
 from tract.encode import Example, encode
-from tract.records import Grid, InputError, read_records
+from tract.records import InputError, read_records
 
 
 def check_training_options(args) -> None:
@@ -21,10 +21,10 @@ def check_training_options(args) -> None:
     if not args.dry_run:
         runs.check_out(args.out)
     if args.fsdp and (args.lora or not ranks.launched()):
-        raise InputError("--fsdp: spreads all weights (--full) over the processes that torchrun starts")
+        raise InputError("--fsdp: spreads all weights over the processes of torchrun; use it, with --full")
     no_ce_at_score = args.ce_weight == 0 or args.score_ce == "none" or args.score_weight == 0
     if args.stage < 3 and args.lam == 0 and no_ce_at_score:
-        raise InputError("--lambda 0: then nothing trains the score; leave it out, or what turns its CE off")
+        raise InputError("--lambda 0: then nothing trains the score; leave it out, or what turns off its CE")
     if args.score_weight is not None and (args.score_ce == "none" or args.ce_weight == 0):
         raise InputError(
             "--score-weight: weighs nothing with --score-ce none or --ce-weight 0; leave one out"
@@ -36,7 +36,7 @@ def check_training_options(args) -> None:
     four_bit_options(args.four_bit, torch.float32)  # is the library there?
     rank = hub.read(args.model, "adapter_config.json").get("r", args.lora)
     if args.lora and args.lora != rank:
-        raise InputError(f"--lora {args.lora}: {args.model} has adapters of rank {rank}; leave that out")
+        raise InputError(f"--lora {args.lora}: {args.model} has adapters of rank {rank}; leave out --lora")
 
 
 def read_examples(
@@ -107,19 +107,26 @@ def show_example(args, tokenizer, example: Example, score_ids: list[int]) -> Non
     print(f"\nlast token, with CE: {tokenizer.decode([ids[-1]])!r}\n\n--dry-run: nothing was written")
 
 
-def say_what_lambda_weighs(grid: Grid, lam: float, penalty: str) -> None:
-    """Print what λ would be on the grid 1 to 5: the squared error grows with the square of the scale."""
-    width = grid.values[-1] - grid.values[0]
-    if lam and width != 4:
-        scale = (4 / width) ** 2 if penalty == "squared" else 4 / width
-        weight = f"λ = {lam:g} weighs as much as {lam / scale:.3g} on 1 to 5"
-        print(f"the grid is {width:g} wide: {weight}; --lambda {scale:.3g} would weigh as much as 1")
+def print_plan(args, examples: list[Example], held_out: list[Example], tokens: int, steps: int) -> None:
+    """Print how much there is to train on, and what λ would be on the grid 1 to 5: penalties grow with it."""
+    share = sum(example.n_supervised for example in examples) / tokens
+    print(f"{len(examples)} examples, {tokens} tokens, {share:.0%} supervised; {steps} steps")
+    print(f"{len(held_out)} held out" if held_out else "no --valid: nothing is held out")
+    width = args.grid.values[-1] - args.grid.values[0]
+    if args.lam and width != 4:
+        lam_of_1 = (4 / width) ** 2 if args.penalty == "squared" else 4 / width  # weighs as 1 on 1 to 5
+        weight = f"λ = {args.lam:g} weighs as much as {args.lam / lam_of_1:.3g} on 1 to 5"
+        print(f"the grid is {width:g} wide: {weight}; --lambda {lam_of_1:.3g} would weigh as much as 1")
 
 
-def fetch_data(args, path: Path) -> None:
-    """Run the prepare.py beside the default data where these are not there yet: they are large."""
+def fetch_default_data(args, default: str) -> None:
+    """Complete args.valid if args.data are the default, and run the prepare.py beside them to get both."""
+    path = Path(default).resolve()
+    if Path(args.data).resolve() != path:
+        return
+    args.valid = args.valid or str(path.with_name("valid.jsonl"))
     ranks.join()
-    if not path.is_file():  # look at the rest first
+    if not path.is_file():  # what can be refused at once comes first: the download takes long
         check_training_options(args)
         models.load_tokenizer(args.model)
         prepare = path.with_name("prepare.py")

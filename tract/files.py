@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from tract import hub, runs
-from tract.encode import encode_prompt, thinking_setting
 from tract.records import PREDICTED, InputError, read_records
 from tract.runs import Fault
+from tract.text import encode_prompt, thinking_setting
 from tract.writing import GREEDY, Loaded
 
 CHUNK = 8  # batches' worth of prompts that are judged together, and then written to OUT.part
@@ -29,7 +29,7 @@ def has_to_sample(args) -> bool:
 
 def longest_prompt(judge: Loaded, args) -> int:
     """Return how many tokens can be read: --max-length, or less where the model has fewer positions."""
-    reserve = len(judge.suffix_ids) + 3 if has_to_sample(args) else 0  # a token, suffix and score
+    reserve = len(judge.suffix_ids) + 3 if has_to_sample(args) else 0  # a token, suffix, score and its end
     return min(args.max_length, judge.tokenizer.positions - reserve)
 
 
@@ -58,7 +58,7 @@ def read_data(args, needs: tuple[str, ...]) -> list[dict]:
         return records
     number, shares = args.shard
     start = len(records) * (number - 1) // shares
-    share = records[start : len(records) * number // shares]  # one after another: `cat` leaves them in order
+    share = records[start : len(records) * number // shares]  # consecutive, so that cat restores the order
     if not share:
         raise InputError(f"--shard {number}/{shares}: there are fewer records than shares; make fewer")
     return share
@@ -112,18 +112,17 @@ class Output:
     def chunks(self) -> Iterator[list[dict]]:
         """Yield what is to be judged together, the longest first: if memory runs out, it does so at once.
 
-        A chunk that was cut off comes whole again, for in another batch sums round differently. One that was
-        finished does not come.
+        A chunk that an interruption cut off comes whole again, for in other batches sums round differently.
         """
         left = self.longest_first
         with runs.progress(len(left), len(self.lines), self.args.out.stem, "record") as bar:
             while left:
-                at_once = self.at_once
-                chunk = left[: max(1, CHUNK * at_once // self.args.num_cots)]
+                chunk = left[: max(1, CHUNK * self.at_once // self.args.num_cots)]
                 new = [record["id"] for record in chunk if record["id"] not in self.lines]
                 if new:
+                    self.ran_out = False
                     yield chunk
-                    if self.at_once < at_once:
+                    if self.ran_out:  # which `halving` sets
                         torch.cuda.empty_cache()  # only now: the error, until it was handled, held tensors
                         continue  # with a smaller chunk
                     with open(self.file, "ab") as file:
@@ -133,18 +132,20 @@ class Output:
 
     @contextmanager
     def halving(self) -> Iterator[None]:
-        """Where memory runs out within it, let the next chunk be the same with half as many sequences."""
+        """Where memory runs out within it, go on with the same records, half as many sequences at a time."""
         try:
             yield
         except torch.OutOfMemoryError:
             if self.at_once == 1:
                 raise Fault(f"{self.part}: out of memory; lower --max-length or --num-cots") from None
             self.at_once //= 2
+            self.ran_out = True
             tqdm.write(f"out of memory: going on with {self.at_once} sequences at a time")
 
     def add(self, record: dict, fields: dict) -> None:
         """Add fields to a record of the chunk, unless it was finished before."""
-        if record["id"] not in self.lines:  # what an earlier judge predicted is not handed on
+        if record["id"] not in self.lines:
+            # What an earlier judge predicted is not handed on
             kept = {name: value for name, value in record.items() if name not in PREDICTED}
             self.lines[record["id"]] = runs.to_line(kept | fields).encode()
 

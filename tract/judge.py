@@ -7,10 +7,11 @@ import json
 from typing import NoReturn
 
 from tract import hub, intervals
-from tract.encode import encode_prefix, encode_prompt
+from tract.encode import encode_prefix
 from tract.files import check_writing_options, has_to_sample, longest_prompt
 from tract.options import choose_grid, make_judging_parser
-from tract.records import PREDICTED, Grid, InputError, predicted, records_of, significant
+from tract.records import PREDICTED, InputError, predicted, records_of, significant
+from tract.text import encode_prompt
 from tract.writing import Cot, Loaded, load_judge, score, write_cots
 
 NEEDS = {  # --given → fields that records must have
@@ -20,7 +21,7 @@ NEEDS = {  # --given → fields that records must have
 }
 
 
-def ready_cots_of(tokenizer, record: dict, prompt_ids: list[int], given: str | None, grid: Grid) -> list[Cot]:
+def ready_cots_of(judge: Loaded, record: dict, prompt_ids: list[int], given: str | None) -> list[Cot]:
     """Return the CoTs in the field `given` of a record, an empty one for None (--no-cot); without scores."""
     if given == "cots":
         texts = record["cots"]
@@ -30,7 +31,7 @@ def ready_cots_of(tokenizer, record: dict, prompt_ids: list[int], given: str | N
         finished = [True]
     cots = []
     for text, is_finished in zip(texts, finished, strict=True):
-        ids = encode_prefix(tokenizer, prompt_ids, text, grid)  # prompt, CoT and suffix
+        ids = encode_prefix(judge.tokenizer, prompt_ids, text, judge.grid)  # prompt, CoT and suffix
         cots.append(Cot(text, is_finished, ids))
     return cots
 
@@ -122,16 +123,15 @@ class Judge:
         if not rows:
             return []
         args = self.args
-        tokenizer = self.loaded.tokenizer
         samples_cots = has_to_sample(args)
         longest = longest_prompt(self.loaded, args)
         prompts = []
         cots = []  # of each record
         for number, row in enumerate(rows, 1):
-            prompts.append(encode_prompt(tokenizer, row["prompt"]))
+            prompts.append(encode_prompt(self.loaded.tokenizer, row["prompt"]))
             length = len(prompts[-1])
             if not samples_cots:
-                cots.append(ready_cots_of(tokenizer, row, prompts[-1], args.given, args.grid))
+                cots.append(ready_cots_of(self.loaded, row, prompts[-1], args.given))
                 length = max(len(cot.ids) for cot in cots[-1])
             if length > longest:
                 raise InputError(f"record {number}: has {length} tokens, more than {longest}; shorten it")

@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.utils import logging
 
 from tract.adapters import add_lora, four_bit_options, load_adapter, merge
-from tract.encode import encode_prompt
 from tract.hub import base_of, folder_of, is_four_bit, one_line, place_of, refusal, resolve
 from tract.records import ROOT, Grid, InputError
+from tract.text import encode_prompt
 
 logging.set_verbosity_error()  # its tracebacks and hints would bury our one line
 logging.disable_progress_bar()

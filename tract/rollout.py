@@ -24,12 +24,12 @@ EVERY = 10  # steps after which held-out records are judged, the state is saved,
 
 
 def read_options(description: str, defaults: dict[str, dict], loss: dict) -> argparse.Namespace:
-    """Read the options of stage 3; `loss` is among them, for accumulate_gradients looks there.
+    """Read the options of stage 3, and put `loss` among them, where the code shared with stage 1 looks.
 
     defaults: those of stage 1, by model.
     """
-    of_stage_3 = {model: settings | loss | {"lr": None} for model, settings in defaults.items()}
-    parser = make_training_parser(description, stage=3, defaults=of_stage_3)
+    defaults = {model: settings | loss | {"lr": None} for model, settings in defaults.items()}
+    parser = make_training_parser(description, stage=3, defaults=defaults)
     add = parser.add_argument_group("stage 3").add_argument
     add("--num-cots", type=number(int, 2), default=4, help="CoTs a prompt (K)")
     add("--prompts", type=COUNT, default=8, help="prompts an optimiser step")
@@ -40,7 +40,7 @@ def read_options(description: str, defaults: dict[str, dict], loss: dict) -> arg
     add("--reward", choices=("squared", "exact", "random"), default="squared", help=what)
     # So that CoTs are drawn from the model's own distribution
     parser.set_defaults(temperature=1.0, top_p=1.0, repetition_penalty=1.0)
-    parser.set_defaults(warmup=0.0, save_every=EVERY, fsdp=False, dry_run=False)  # which stage 3 has not
+    parser.set_defaults(warmup=0.0, save_every=EVERY, fsdp=False, dry_run=False)  # shared code reads these
     args = parser.parse_args()
     if args.temperature < GREEDY:
         raise InputError("--temperature 0: all CoTs of a prompt would be the same; stage 3 compares them")
@@ -57,7 +57,7 @@ def load_prompts(args, path: str | None, tokenizer) -> list[Example]:
     if path is None:
         return []
     suffix_ids, _ = score_tokens(tokenizer, args.grid)
-    longest = min(args.max_length, tokenizer.positions - len(suffix_ids) - 3)  # a token, suffix and score fit
+    longest = min(args.max_length, tokenizer.positions - len(suffix_ids) - 3)  # a token, suffix, score, end
     records = read_records(path, args.grid, ("id", "prompt", "score"))
     prompt_ids = encode_prompts(tokenizer, records)
     prompts = []
@@ -86,18 +86,19 @@ def write_own(args, judge: Loaded, prompts: list[Example], when: int | str, num_
     sampling.num_cots = num_cots
     records = [{"id": prompt.id} for prompt in prompts]
     ids = [list(prompt.ids) for prompt in prompts]
+    judge.model.eval()  # in training mode, gradient checkpointing would turn the cache off
     check_weights(args, judge, prompts)
     with autocast(args.bf16):
         # Nothing is kept for a backward pass, so more sequences fit than in training
-        cots = write_cots(judge, records, ids, sampling, at_once=8 * args.batch_size)
-        read_missing_scores(judge, cots)
+        groups = write_cots(judge, records, ids, sampling, at_once=8 * args.batch_size)
+        read_missing_scores(judge, groups)
     judge.model.train()
-    return cots
+    return groups
 
 
 def check_weights(args, judge: Loaded, prompts: list[Example]) -> None:
-    """Refuse weights that give the first prompt no finite score; put the model into eval mode: Fault."""
-    judge.model.eval()  # in training mode, gradient checkpointing would turn the cache off
+    """Score the first prompt, and raise Fault if that score is not finite. Leaves the model in eval mode."""
+    judge.model.eval()
     with autocast(args.bf16):
         expected = score(judge, [list(prompts[0].ids)])[0].expected
     if not math.isfinite(expected):
@@ -113,7 +114,7 @@ def facts_of(groups: list[list[Cot]]) -> dict:
 
 
 def evaluate(args, judge: Loaded, prompts: list[Example]) -> dict:
-    """Judge held-out prompts on a CoT of its own each, drawn with the same random numbers every time.
+    """Judge each held-out prompt on one CoT of the model's, with the same random numbers every time.
 
     Returns their number n, the RMSE, Pearson's r (0 where all predictions are the same), and the share of
     finished CoTs.
@@ -135,9 +136,9 @@ def best_of(log: list[dict]) -> dict:
 
 
 def keep_best(folder: Path, model, step: int, log: list[dict], held_out: list[Example]) -> None:
-    """Save what is trained if no weights were better on `held_out` yet. To be called after end_step.
+    """Save the weights if none before were better on `held_out`; `step` 0 is before training.
 
-    If a run is killed between the two, going on calls this again, with the same weights.
+    To be called after end_step: a run killed between the two calls this again, with the same weights.
     """
     if held_out and (step == 0 or best_of(log)["step"] == step):
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -151,8 +152,9 @@ def load_best(folder: Path, model, log: list[dict]) -> dict:
     weights = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(weights, strict=False)
     best = best_of(log)
-    print("kept: the weights after step {step}, with RMSE {valid[rmse]:.3f}".format(**best), end="; ")
-    print("before training it was {rmse:.3f}".format(**log[0]["valid_before"]))
+    rmse = best["valid"]["rmse"]
+    before = log[0]["valid_before"]["rmse"]
+    print(f"kept: the weights after step {best['step']}, RMSE {rmse:.3f}; before training {before:.3f}")
     return {"valid_before": log[0]["valid_before"], "kept": best}
 
 
@@ -164,11 +166,10 @@ def say_collapse(log: list[dict], say: Callable[[str], None]) -> None:
         values = [line[name] for line in log]
         first = values[:EVERY]
         last = values[-EVERY:]
-        # The difference of two means over 10 steps has a deviation of σ · √(2/10), if one step has σ: this is
-        # more than four times as much
-        by_chance = 2 * stdev(first)
+        # More than four deviations: the difference of two means over 10 steps has one of σ · √(2/10)
+        margin = 2 * stdev(first)
         if name == "finished":
-            by_chance = max(0.1, by_chance)
-        if mean(last) < mean(first) - by_chance:
+            margin = max(0.1, margin)
+        if mean(last) < mean(first) - margin:
             fell = f"{name} fell from {mean(first):.3f} to {mean(last):.3f}, means of {EVERY} steps"
             say(f"step {len(log)}: COLLAPSE? {fell}; stop, and try a lower --lr")

@@ -101,7 +101,7 @@ def keep_common(files: dict[str, Predictions]) -> dict[str, Predictions]:
     return common
 
 
-def count(path: str, file: Predictions, common: Predictions) -> dict:
+def facts_of_file(path: str, file: Predictions, common: Predictions) -> dict:
     """Return what a file is, how many of its records are not in `common` and why, and how sound those are."""
     rows, grid = common
     scored = [row for row in file.rows if row.get("score") is not None]

@@ -15,8 +15,9 @@ from transformers import get_cosine_schedule_with_warmup
 
 from tract import curves, hub, ranks, runs
 from tract.card import card
-from tract.encode import Example, thinking_setting
+from tract.encode import Example
 from tract.runs import Fault
+from tract.text import thinking_setting
 
 BAD_STEPS = 10  # steps in a row without a finite loss after which training stops
 MEASURES = {"ce": "CE {:.3f} a token", "rmse": "RMSE {:.3f}", "r": "r {:.3f}", "finished": "{:.0%} finished"}
@@ -24,10 +25,9 @@ MEASURES = {"ce": "CE {:.3f} a token", "rmse": "RMSE {:.3f}", "r": "r {:.3f}", "
 
 def begin(args) -> tuple:
     """Make OUT.part, or go on with it; returns it, its settings and its lock, which rank 0 alone has."""
-    if ranks.rank():
-        ranks.wait()
-        return Path(f"{args.out}.part"), None, None
-    found = runs.begin(args)
+    found = (Path(f"{args.out}.part"), None, None)
+    if not ranks.rank():
+        found = runs.begin(args)
     ranks.wait()
     return found
 
@@ -53,10 +53,10 @@ def save_checkpoint(args, model, tokenizer, part: Path, settings: dict, started:
     (whole / "README.md").unlink(missing_ok=True)  # peft's, a form to fill in
     facts |= {"last_step": log[-1], "enable_thinking": thinking_setting(tokenizer)}
     run = runs.write_run(whole / "run.json", args, settings, started, **facts)
-    extras = {"README.md": lambda: card(run), "curves.png": lambda: curves.draw({"": log}).savefig}
-    for name, make in extras.items():
+    for name in ("README.md", "curves.png"):
         try:  # a training of hours does not fail for want of a page about it
-            runs.write_whole(whole / name, make())
+            content = card(run) if name == "README.md" else curves.draw({"": log}).savefig
+            runs.write_whole(whole / name, content)
         except Exception as error:
             print(f"{args.out}: without {name} ({hub.one_line(error)})")
     runs.finish(part, args.out)
@@ -65,12 +65,14 @@ def save_checkpoint(args, model, tokenizer, part: Path, settings: dict, started:
 
 def make_optimiser(model, args, steps: int):
     """Make AdamW and its schedule: a linear warm-up over the share --warmup of steps, then a cosine to 0."""
-    groups = {}  # weight matrices apart from norms and biases, and what FSDP spreads apart from the rest
+    groups = {}  # matrices decay, norms and biases do not; weights that FSDP spreads go by themselves
     for weight in model.parameters():
         if weight.requires_grad:
-            kind = (weight.ndim >= 2, ranks.is_spread(weight))
-            decay = args.weight_decay if weight.ndim >= 2 else 0.0
-            groups.setdefault(kind, {"params": [], "weight_decay": decay})["params"].append(weight)
+            is_matrix = weight.ndim >= 2
+            decay = args.weight_decay if is_matrix else 0.0
+            kind = (is_matrix, ranks.is_spread(weight))
+            group = groups.setdefault(kind, {"params": [], "weight_decay": decay})
+            group["params"].append(weight)
     # fused: one pass over the weights, and on a GPU no second copy of them
     optimiser = torch.optim.AdamW(list(groups.values()), lr=args.lr, betas=(0.9, 0.999), fused=True)
     return optimiser, get_cosine_schedule_with_warmup(optimiser, round(args.warmup * steps), steps)
@@ -86,9 +88,9 @@ class Journal:
         self.args = args
         self.folder = folder
         self.n_steps = n_steps
-        self.held_out = "held out, without CoTs" if args.no_cot else "held out, on the CoTs given"
+        self.valid_label = "held out, without CoTs" if args.no_cot else "held out, on the CoTs given"
         if args.stage == 3:
-            self.held_out = "held out, on its own CoTs"
+            self.valid_label = "held out, on its own CoTs"
         self.trained = (model, optimiser, schedule)
         self.bad_steps = 0  # in a row
         self.tokens = 0  # trained on since the start of this process
@@ -100,13 +102,13 @@ class Journal:
         label = f"stage {self.args.stage}"
         self.bar = runs.progress(self.n_steps, self.done, label, "step", quiet=ranks.rank() > 0)
         self.started = time.time()
-        self.handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.old_handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error) -> None:
         self.bar.close()
         self.log.close()
-        for number, handler in self.handlers.items():
+        for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
 
     def stop(self, number: int, frame) -> None:
@@ -131,7 +133,7 @@ class Journal:
                 line[name] = None  # JSON knows no NaN
         if not all(math.isfinite(x) for x in line.get("valid", {}).values()):
             del line["valid"]
-            self.bar.write(f"step {step}: {self.held_out}: not finite")
+            self.bar.write(f"step {step}: {self.valid_label}: not finite")
         self.log.write(json.dumps(line) + "\n")
         self.tokens += sum(len(example.ids) for example in window)
         self.bar.update()
@@ -140,10 +142,11 @@ class Journal:
             ids = ", ".join(example.id for example in window)
             self.bar.write(f"step {step} not taken, not finite: {ids}")
         if "valid" in line:
-            epoch = step * self.args.epochs // self.n_steps
-            when = f"epoch {epoch}" if self.args.stage < 3 else f"step {step}"
+            when = f"step {step}"
+            if self.args.stage < 3:
+                when = f"epoch {step * self.args.epochs // self.n_steps}"
             values = ", ".join(MEASURES[name].format(x) for name, x in line["valid"].items() if name != "n")
-            self.bar.write(f"{when}: {self.held_out}: {values}")
+            self.bar.write(f"{when}: {self.valid_label}: {values}")
         stopping = ranks.anyone(self.stopping)
         too_bad = self.bad_steps == BAD_STEPS
         if step % self.args.save_every == 0 or step == self.n_steps or too_bad or stopping:
@@ -182,6 +185,7 @@ def load_state(folder: Path, model, optimiser, schedule) -> int:
     weights = dict(model.named_parameters())
     saved = {name: ranks.spread_like(weights[name], x) for name, x in state["weights"].items()}
     model.load_state_dict(saved, strict=False)
+    # With --fsdp a rank keeps its share of what AdamW has for a weight
     trained = [p for group in optimiser.param_groups for p in group["params"]]
     for i, moments in state["optimiser"]["state"].items():
         for name, moment in moments.items():

@@ -61,7 +61,7 @@ class Engine:
         """Sample a CoT for each name, as writing.write does, but yield no scores with it."""
         from vllm import SamplingParams
 
-        room = judge.tokenizer.positions - len(judge.suffix_ids) - 2  # suffix and score still have to fit
+        room = judge.tokenizer.positions - len(judge.suffix_ids) - 2  # they, score and end have to fit
         texts = [prompts[row // args.num_cots] for row in range(len(names))]
         params = []
         for name, text in zip(names, texts, strict=True):

@@ -53,9 +53,9 @@ def load_judge(name: str, grid: Grid, bf16: bool, engine="torch", engine_args=()
         model = Engine(name, tokenizer, bf16, dict(engine_args))
         return Loaded(model, tokenizer, grid, suffix_ids, [], scores, is_vllm=True)
     model = model or models.load_model(name, torch.bfloat16 if bf16 else torch.float32)
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]  # Llama-3 has several
-    ends = sorted({tokenizer.eos_token_id, *ends} - {None})
+    eos = model.generation_config.eos_token_id
+    eos = eos if isinstance(eos, list) else [eos]  # Llama-3 has several
+    ends = sorted({tokenizer.eos_token_id, *eos} - {None})
     return Loaded(model, tokenizer, grid, suffix_ids, ends, scores, is_vllm=False)
 
 
@@ -77,7 +77,7 @@ def sample(logits: Tensor, so_far: Tensor, uniform: Tensor, args) -> Tensor:
         probs, mass, ids = likeliest(logits, logits.shape[-1])
     in_nucleus = (mass - probs) < args.top_p  # what lies before a token is not enough yet
     nucleus_mass = torch.where(in_nucleus, probs, 0).sum(-1)
-    rank = (mass <= (uniform * nucleus_mass)[:, None]).sum(-1)  # the first token beyond the random number
+    rank = (mass <= (uniform * nucleus_mass)[:, None]).sum(-1)  # so many tokens lie below the random number
     rank = rank.clamp(max=in_nucleus.sum(-1) - 1)  # rounding may have left the nucleus
     return ids.gather(-1, rank[:, None])[:, 0]
 
@@ -97,27 +97,27 @@ def random_numbers(name: str, n: int) -> Tensor:
 
 @torch.inference_mode()
 def write(judge: Loaded, prompts: list[list[int]], names: list[str], args, at_once: int) -> Iterator[tuple]:
-    """Sample a CoT for each name until the suffix, an end of sequence or the limit.
+    """Sample a CoT with the random numbers of each name, up to the suffix, an end of sequence or the limit.
 
-    CoT c is of prompt c // args.num_cots; some `at_once` are under way. Yields c, its ids, Rail after them.
+    CoT c is for prompt c // args.num_cots; about `at_once` grow together. Yields c, its ids, Rail after them.
     """
     suffix = judge.suffix_ids
     num_cots = args.num_cots
-    room = judge.tokenizer.positions - len(suffix) - 2  # suffix and score still have to fit
+    room = judge.tokenizer.positions - len(suffix) - 2  # suffix, score and end of sequence have to fit
     limits = [min(args.max_new_tokens, room - len(prompts[c // num_cots])) for c in range(len(names))]
     uniform = torch.stack([random_numbers(name, max(limits) + 1) for name in names]).to(device())
     batch = None
-    numbers = []  # c of each row of the batch
+    cot_of_row = []  # c of each row of the batch
     lengths = []  # how many tokens it has written
     prompts_read = 0
-    while numbers or prompts_read < len(prompts):
-        free_rows = max(at_once, num_cots) - len(numbers)
+    while cot_of_row or prompts_read < len(prompts):
+        free_rows = max(at_once, num_cots) - len(cot_of_row)
         n_new = min(free_rows // num_cots, len(prompts) - prompts_read)
-        if n_new and 4 * len(numbers) <= 3 * at_once:  # a quarter is free: it is worth a pass
+        if n_new and 4 * len(cot_of_row) <= 3 * at_once:  # not for less than a quarter: it takes a pass
             new = read_prompts(judge.model, prompts[prompts_read : prompts_read + n_new])
             new = keep(new, [row // num_cots for row in range(n_new * num_cots)])  # a row for each CoT
-            batch = join(batch, new) if numbers else new
-            numbers += range(prompts_read * num_cots, (prompts_read + n_new) * num_cots)
+            batch = join(batch, new) if cot_of_row else new
+            cot_of_row += range(prompts_read * num_cots, (prompts_read + n_new) * num_cots)
             lengths += [0] * (n_new * num_cots)
             prompts_read += n_new
 
@@ -128,29 +128,29 @@ def write(judge: Loaded, prompts: list[list[int]], names: list[str], args, at_on
         for row, tail in enumerate(batch.ids[:, -len(suffix) :].tolist()):
             reached_suffix = lengths[row] >= len(suffix) and tail == suffix
             wrote_eos = lengths[row] > 0 and tail[-1] in judge.ends
-            hit_limit = lengths[row] == limits[numbers[row]]
+            hit_limit = lengths[row] == limits[cot_of_row[row]]
             if reached_suffix or wrote_eos or hit_limit:
                 done.append(row)
         if done:
             for row, scores in zip(done, read_scores(judge, hidden[done]), strict=True):
                 ids = batch.ids[row].tolist()
-                yield numbers[row], ids[len(ids) - lengths[row] :], scores
+                yield cot_of_row[row], ids[len(ids) - lengths[row] :], scores
 
         so_far = torch.where(mask > 0, batch.ids, batch.ids[:, -1:])  # padding is not to be penalised
-        token = sample(logits, so_far, uniform[numbers, lengths], args)  # ignored where a row is done
+        token = sample(logits, so_far, uniform[cot_of_row, lengths], args)  # ignored where a row is done
         batch = Batch(batch.cache, mask, torch.cat([batch.ids, token[:, None]], 1))
-        going = [row for row in range(len(numbers)) if row not in done]
+        going = [row for row in range(len(cot_of_row)) if row not in done]
         if done:
             batch = keep(batch, going)
-        numbers = [numbers[row] for row in going]
+        cot_of_row = [cot_of_row[row] for row in going]
         lengths = [lengths[row] + 1 for row in going]
 
 
 def read_scores(judge: Loaded, hidden: Tensor) -> list[Rail]:
     """Read the score distributions that hidden states (B, D) predict, as plain numbers."""
     logits = next_token_logits(judge.model, hidden, judge.score_tensors["score_ids"])
-    expected, off_grid, probs = (values.tolist() for values in rail(logits, **judge.score_tensors))
-    return [Rail(*row) for row in zip(expected, off_grid, probs, strict=True)]
+    columns = [column.tolist() for column in rail(logits, **judge.score_tensors)]
+    return [Rail(*row) for row in zip(*columns, strict=True)]
 
 
 @torch.inference_mode()
@@ -189,12 +189,12 @@ def write_cots(judge: Loaded, records: list[dict], prompts: list, args, at_once:
         prompt = prompts[number // num_cots]
         text = judge.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         text, found_suffix, _ = text.partition(judge.grid.suffix.strip())
-        wanted = encode_prefix(judge.tokenizer, prompt, text, judge.grid)
-        while len(wanted) >= judge.tokenizer.positions:
+        encoded = encode_prefix(judge.tokenizer, prompt, text, judge.grid)
+        while len(encoded) >= judge.tokenizer.positions:
             # Half a character, where a CoT was cut off, takes more ids than were written: leave it out
             text = text[:-1]
-            wanted = encode_prefix(judge.tokenizer, prompt, text, judge.grid)
+            encoded = encode_prefix(judge.tokenizer, prompt, text, judge.grid)
         # A CoT without suffix, or one that training would encode otherwise, has to be read again
-        valid_scores = scores if wanted == prompt + ids else None
-        cots.append(Cot(text.strip(), bool(found_suffix), wanted, valid_scores, ids))
+        valid_scores = scores if encoded == prompt + ids else None
+        cots.append(Cot(text.strip(), bool(found_suffix), encoded, valid_scores, ids))
     return [cots[start : start + num_cots] for start in range(0, len(cots), num_cots)]

@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.prepare_helpers import check_new, whole_folder
 from data.tiny.prepare import WORDS, sample
 from tract import runs
-from tract.encode import encode_prompt, encode_target
+from tract.encode import encode_target
 from tract.records import SUFFIX
+from tract.text import encode_prompt
 
 HERE = Path(__file__).resolve().parent
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
