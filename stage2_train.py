@@ -27,6 +27,7 @@ def main() -> None:
         raise InputError(f"{starts_from} p_s, with --continue-from-stage1; give that")
     if stage is not None and not args.continue_from_stage1:
         raise InputError(f"{starts_from} the seed model; give that, or p_s with --continue-from-stage1 (A.4)")
+    grid_was_given = args.grid is not None
     args.grid = choose_grid(args)  # that of --grid, else 1 to 5; with A.4, that of p_s
     shortened = []  # ids of records that lost a CoT; cots_of fills it while run_stage reads the data
 
@@ -34,6 +35,9 @@ def main() -> None:
         """Return the CoTs of a record to train on; where one is left out, its id goes into `shortened`."""
         if "prediction" in record:  # a file of predict.py, which has the same fields
             raise InputError(f"record {record['id']!r} is a prediction; make training data with gen_cot.py")
+        if record.get("grid", str(args.grid)) != str(args.grid) and not grid_was_given:
+            what = f"was written for the scores {record['grid']}, not {args.grid}"
+            raise InputError(f"record {record['id']!r}: its CoT {what}; give --grid {record['grid']}")
         cots = []
         for cot, finished in zip(record["cots"], record["finished"], strict=True):
             if finished or args.keep_unfinished:

@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from multiprocessing import connection
@@ -202,6 +203,8 @@ def commands_of(folder: str, seed: int, tests: dict, setup: Setup, kept: Iterabl
 
 def run_command(out: str, command: str, threads: int) -> None:
     """Run a command in this process, a fork that need not import torch anew; its output goes to OUT.log."""
+    os.setsid()  # Ctrl-C reaches the parent alone; it ends its forks by one SIGTERM, at which training saves
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler is inherited
     sys.stdout = sys.stderr = open(f"{out}.log", "w", encoding="utf-8", buffering=1)
     print(command)
     torch.set_num_threads(threads)
@@ -225,6 +228,7 @@ def run_all(commands: dict[str, str], jobs: int) -> None:
     threads = max(1, (os.cpu_count() or 1) // jobs)
     fork = multiprocessing.get_context("fork")
     code = hashes_of(CODE)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the forks end with this process
     with runs.progress(len(commands), len(commands) - len(waiting), "ablations", "command") as bar:
         while waiting or running:
             unmade = {*waiting, *(out for out, _ in running.values())}

@@ -41,7 +41,6 @@ def drive(args) -> dict:
 
     def write(temperature: float, n: int) -> list[dict]:
         options = [f"--temperature={temperature}", f"--max-new-tokens={args.max_new_tokens}"]
-        options += [f"--engine={args.drive}", "--num-cots=1"]
         settings = make_writing_parser("", args.model, "", "").parse_args(options)
         written = write_cots(judge, records[:n], prompts[:n], settings, settings.batch_size)
         read_missing_scores(judge, written)

@@ -107,6 +107,11 @@ def test_4bit_is_refused_where_it_can_not_be(lab, tiny_tokenizer, monkeypatch):
     assert "has no layer that could be in 4 bits" in lab.fail(*train, "--lora", "--model", falcon, *out)[1]
     code, said = lab.fail(*train, "--full", *out)
     assert code == 2 and said.strip().splitlines()[-1].endswith("add --lora")
+    quantised = lab.path / "quantised"  # as some on the hub are
+    models.load_model(TINY_SEED, torch.float32, four_bit=True).save_pretrained(quantised)
+    tiny_tokenizer.save_pretrained(quantised)
+    said = lab.fail("stage1_train", "--data", lab.path / "few.jsonl", "--model", quantised, *out)[1]
+    assert "its weights are quantised, which --full can't train; use --lora 8" in said
     monkeypatch.setattr("tract.adapters.find_spec", lambda name: None)
     code, said = lab.fail(*train, "--lora", "--out", lab.path / "other")
     assert code == 2 and said.strip().endswith("pip install bitsandbytes")

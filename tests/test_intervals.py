@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from tract import intervals
+from tract import hub, intervals
+from tract.options import make_judging_parser
 from tract.records import Grid
 from tract.scores import Predictions
 
@@ -67,6 +68,28 @@ def test_from_eval_to_new_scores(lab, judged):
     judge[judge.index("--data") + 1] = new
     lab.run(*judge, ROOT / "data/tiny/seed", "--out", lab.path / "again.jsonl")
     assert not {"low", "high"} & lab.read("again.jsonl")[0].keys()  # of the judge before
+
+
+def test_a_model_of_the_hub_is_fetched_before_it_is_compared(lab, judged, monkeypatch):
+    report = json.loads(judged[1].read_text())
+    (entry,) = report["files"].values()
+    way = entry["intervals"]["way"]
+    for name in [name for name in way if name.startswith("model ")]:
+        del way[name]
+    way |= {"model name": hub.MODELS["smollm2-135m"], "model revision": "0" * 40}
+    there = []
+
+    def snapshot(name, allow_patterns, local_files_only):
+        if local_files_only and not there:
+            raise FileNotFoundError(name)
+        there.append(name)
+        return lab.path / ("0" * 40)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    options = ["--model=smollm2-135m", "--no-cot", "--renormalise"]
+    args = make_judging_parser("").parse_args([*options, f"--intervals={lab.write('hub.json', [report])}"])
+    args.grid = Grid()
+    assert intervals.read(args)["n"] == 40
 
 
 def test_too_few_records_have_no_interval(lab, judged):

@@ -244,7 +244,8 @@ class FakeEngine:
 
 def test_vllm_is_asked_for_what_it_allows(lab, tiny_tokenizer, monkeypatch):
     """Leave out records that reach its max_model_len; ask for the next LoRA rank that it has."""
-    modules = {"vllm": SimpleNamespace(LLM=FakeEngine, SamplingParams=SimpleNamespace)}
+    vllm = SimpleNamespace(LLM=FakeEngine, SamplingParams=SimpleNamespace, __version__="0.32.0")
+    modules = {"vllm": vllm}
     modules["vllm.lora.request"] = SimpleNamespace(LoRARequest=lambda *x: x)
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -252,11 +253,13 @@ def test_vllm_is_asked_for_what_it_allows(lab, tiny_tokenizer, monkeypatch):
     judge = load_judge(str(model), Grid(), False, "vllm")
     assert judge.model.llm.options["max_lora_rank"] == 32 and judge.model.adapter[-1] == str(model)
     assert judge.model.llm.options["tokenizer"] == str(lab.path / "seed")
-    assert judge.model.llm.options["hf_overrides"] == {"head_dtype": "float32"}
+    judge = load_judge(str(model), Grid(), False, "vllm", [("hf_overrides", {"rope_theta": 1e6})])
+    assert judge.model.llm.options["hf_overrides"] == {"head_dtype": "float32", "rope_theta": 1e6}
     long = lab.rows[3] | {"prompt": lab.rows[3]["prompt"] + " right" * 30}
     data, out = lab.write("few.jsonl", [*lab.rows[:3], long]), lab.path / "out.jsonl"
     lab.run("predict", "--model", model, "--data", data, "--engine", "vllm", "--out", out)
     assert len(lab.read("out.jsonl")) == 3
+    assert json.loads((lab.path / "out.run.json").read_text())["vllm"] == "0.32.0"
     assert f"1 records left out, longer than 71 tokens: {long['id']}" in lab.capsys.readouterr().out
     lab.run("eval", out, "--resamples", 5, "--out", lab.path / "eval")
     assert "   1 more were too long to be judged\n" in lab.capsys.readouterr().out

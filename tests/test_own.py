@@ -104,10 +104,10 @@ def test_every_kind_of_file_gives_the_same_records(lab, monkeypatch):
 
 def test_what_is_cut_away_or_not_taken_is_said(lab):
     """A column `ratings` stands back where --ratings names others; a CoT may be nothing but its verdict."""
-    row = {"prompt": "Judge.", "a": 1, "b": 2, "ratings": [5, 5], "cot": "Fine."}
+    row = {"prompt": "Judge.", "a": 1, "b": 2, "ratings": [5, 5], "score": 5, "cot": "Fine."}
     lab.write("mine.jsonl", [row, row | {"cot": "Score: 4"}])
     made, said = prepare(lab, "mine.jsonl", "--ratings", "a", "b")
-    assert made[0]["ratings"] == [1, 2] and made[0]["score"] == 1.5 and "not used: 'ratings'" in said
+    assert made[0]["ratings"] == [1, 2] and made[0]["score"] == 1.5 and "not used: 'ratings', 'score'" in said
     assert "left out 1: a text in 'cot' that only announces a score (row 2)" in said and "was cut" not in said
 
 

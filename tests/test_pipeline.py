@@ -111,7 +111,8 @@ def test_one_record_is_a_dict_or_keywords_and_a_list_takes_none():
 
 def test_stage_2_keeps_the_finished_cots_of_a_record_whose_others_are_not(lab):
     row = lab.rows[0] | {"cots": [lab.rows[0]["cot"], "Unfinished."], "finished": [True, False]}
-    run = ["stage2_train", "--data", lab.write("cots.jsonl", [row]), "--dry-run"]
+    row["grid"] = "1=1,3=3,5=5"  # another grid has to be asked for
+    run = ["stage2_train", "--data", lab.write("cots.jsonl", [row]), "--grid", "1,2,3,4,5", "--dry-run"]
     lab.run(*run)
     said = lab.capsys.readouterr().out
     assert "\n1 examples," in f"\n{said}" and "1 records with a CoT left out" in said
@@ -136,6 +137,12 @@ BAD = [
     ("stage2_train", [COTS], ["--continue-from-stage1"], "a model that was not trained here, but stage 2"),
     ("stage2_train", [{"id": "a", "prompt": "p", "cot": "c", "score": 3}], [], "'cots' is missing"),
     ("stage2_train", [COTS | {"prediction": 3.0}], [], "record 'a' is a prediction"),
+    (
+        "stage2_train",
+        [COTS | {"grid": "1=1,3=3"}],
+        [],
+        "'a': its CoT was written for the scores 1=1,3=3,",
+    ),
     ("stage2_train", [COTS | {"finished": [False]}], [], "no CoT in it is finished; train"),
     ("stage2_train", [COTS], ["--no-cot"], "unrecognized arguments: --no-cot"),
     ("predict", [COTS | {"cots": ["c", "d"]}], ["--given", "cots"], "'cots' does not hold one entry"),

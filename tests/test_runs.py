@@ -123,12 +123,14 @@ def test_options_of_vllm_that_decide_nothing_are_not_compared(lab):
     data = str(lab.write("t.jsonl", lab.rows[:1]))
     parser = options.make_writing_parser("", TINY_SEED, data, "o.jsonl")
     both = []
-    for length, dtype in (("1024", "half"), ("2048", "float")):
-        args = parser.parse_args(["--engine-args", f"max_model_len={length}", f"dtype={dtype}"])
+    for share, length in (("0.5", 1024), ("0.9", 2048)):
+        args = parser.parse_args(
+            ["--engine-args", f"gpu_memory_utilization={share}", f"max_model_len={length}"]
+        )
         args.grid = options.choose_grid(args)
         found = runs.settings_of(args)
         both.append({name: found[name] for name in found if name.startswith("vLLM")})
-    assert both == [{"vLLM dtype": "half"}, {"vLLM dtype": "float"}]
+    assert both == [{"vLLM max_model_len": 1024}, {"vLLM max_model_len": 2048}]
     out = ("gen_cot", "--model", TINY_SEED, "--data", data, "--out", lab.path / "out")
     assert "are for --engine vllm" in lab.fail(*out, "--engine-args", "a=1")[1]
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from tract.prompt import PARTS, SUFFIX
@@ -39,6 +38,7 @@ EXTRAS = {  # what eval.py reads where it is there; so it is checked before the 
     "ratings": (are_numbers, "a list of numbers"),
     "chosen": (is_bool, "true or false; data/pairs/prepare.py makes records of chosen and rejected texts"),
     "weight": (lambda x: is_number(x) and x > 0, "a number above 0"),
+    "pair_size": (is_number, "the number of responses in the pair"),
     "pair": TEXT,
     "section": TEXT,
     "subset": TEXT,
@@ -48,12 +48,11 @@ READ_IF_NEEDED = {"prompt": TEXT, "cot": TEXT, "prediction": NUMBER, "decoded": 
 READ_WITH_PREDICTION = {"suffix": TEXT, "grid": TEXT, "renormalised": BOOL}
 
 
-def check_record(record: dict, grid, need: Iterable[str]) -> str | None:
+def check_record(record: dict, grid, need: tuple[str, ...]) -> str | None:
     """Return what is wrong with `record`, in one phrase with its remedy, or None.
 
     grid: a records.Grid. need: the fields that a stage reads; what nobody reads may hold anything.
     """
-    need = tuple(need)
     return check_fields(record, need) or check_content(record, grid, need)
 
 

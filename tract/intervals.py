@@ -81,6 +81,7 @@ def read(args) -> dict | None:
     except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError(f"{name}: no metrics.json of one judge; let eval.py make it of one file") from None
     asked = arguments(args)
+    hub.folder_of(args.model)  # fetches the small files of a hub model, which identify it
     for group, model in (("model", args.model), ("base", hub.base_of(args.model))):
         asked |= {f"{group} {file}": value for file, value in hub.identity(model).items()}
     if args.given == "cots":

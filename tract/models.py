@@ -180,6 +180,8 @@ def load_for_training(
         model = merge(name, model)
     if lora_rank is not None and not is_adapter:
         model = add_lora(model, lora_rank)
+    if lora_rank is None and getattr(model, "is_quantized", False):
+        raise InputError(f"{name}: its weights are quantised, which --full can't train; use --lora 8")
     if lora_rank is None:
         model.requires_grad_(True)
     for weight in model.parameters():

@@ -17,7 +17,7 @@ import numpy as np
 from tract import runs
 from tract.records import InputError
 from tract.report import table
-from tract.scores import Predictions, count_tied, off_grid_line
+from tract.scores import Predictions, count_tied, off_grid_line, read_run_json
 
 NAMES = ("accuracy", "ties", "decoded", "ties_decoded", "above", "log_loss")
 
@@ -28,9 +28,19 @@ def evaluate(files: dict[str, Predictions], resamples: int, seed: int, interval_
     interval_of: makes of samples (1 + resamples,) a value with its limits, as in eval.py. Raises InputError.
     """
     report = {"resamples": resamples, "seed": seed, "files": {}}
-    for path, (rows, grid) in files.items():
+    pairs_of = {}  # path → name of a pair → its records
+    for path, (rows, _) in files.items():
+        pairs_of[path] = {pair[0]["pair"]: pair for pair in gather(rows, path)}
+    common = set.intersection(*map(set, pairs_of.values()))
+    if not common:
+        raise InputError(f"{', '.join(files)}: no whole pair in common to evaluate")
+    for path, (_, grid) in files.items():
         print(f"{path}: 95 % bootstrap intervals over pairs\n")
-        pairs = gather(rows, path)
+        too_long = read_run_json(path).get("too_long", 0)
+        if too_long:
+            print(f"{too_long} more records were too long to be judged")
+        runs.report(pairs_of[path].keys() - common, "left out: not whole in all files", "pairs")
+        pairs = [pair for name, pair in pairs_of[path].items() if name in common]
         judged = [row for pair in pairs for row in pair]
         off_grid = off_grid_line(judged, grid)
         print(f"likeliest score tied in {count_tied(judged)} of {len(judged)} records; {off_grid}\n")
@@ -54,7 +64,7 @@ def gather(rows: list[dict], path: str) -> list[list[dict]]:
             raise InputError(f"{where}: no 'pair' and 'chosen'; data/pairs/prepare.py makes such files")
         pair = pairs.setdefault(row["pair"], [])
         pair.append(row)
-        for field in ("section", "subset", "weight"):
+        for field in ("section", "subset", "weight", "pair_size"):
             if row.get(field) != pair[0].get(field):
                 raise InputError(f"{where}: '{field}' differs within its pair; give both the same")
     whole = []
@@ -63,14 +73,15 @@ def gather(rows: list[dict], path: str) -> list[list[dict]]:
     for name, pair in pairs.items():
         chosen = [row for row in pair if row["chosen"]]
         rejected = [row for row in pair if not row["chosen"]]
-        if len(chosen) != 1 or not rejected:
+        is_whole = len(pair) == pair[0].get("pair_size", len(pair))
+        if len(chosen) != 1 or not rejected or not is_whole:
             broken.append(name)
         elif any(row["prediction"] is None for row in pair):
             without_prediction.append(name)
         else:
             whole.append(chosen + rejected)
-    runs.report(broken, "without one chosen and one other response left out", "pairs")
-    runs.report(without_prediction, "with a record without prediction left out", "pairs")
+    runs.report(broken, "left out: not one response is chosen, or one is missing", "pairs")
+    runs.report(without_prediction, "left out: a record has no prediction", "pairs")
     if not whole:
         raise InputError(f"{path}: no whole pair; predict.py has to judge all records of a pair")
     return whole

@@ -21,8 +21,8 @@ One JSON object a line, the same fields through all stages; unknown fields are h
     decoded       float, the most likely score (the mean of several equally likely), averaged over the CoTs
     low, high     float, 90 % interval around the prediction (--intervals); null where there is none
     ratings       list of numbers, the scores of several raters
-    pair, chosen, section, subset, weight
-                  str, bool, str, str, number: which pair of responses this is one of, see pairs.py
+    pair, pair_size, chosen, section, subset, weight
+                  str, int, bool, str, str, number: which pair of responses this is one of, see pairs.py
 """
 
 import json

@@ -13,19 +13,24 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "peft")
 READS_RESULTS = {f"{name}.py" for name in "eval scores report page pairs curves card".split()}
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("tract/*.py"), *ROOT.glob("tract/*.txt")]
 CODE = sorted(path for path in FILES if path.name not in READS_RESULTS)
-FREE = {"out", "dry_run", "save_every", "model", "engine_args"}  # do not decide, or not by themselves
+FREE = {"out", "save_every", "model", "engine_args"}  # do not decide, or not by themselves
 FREE_OF_VLLM = set(
-    "max_model_len gpu_memory_utilization tensor_parallel_size pipeline_parallel_size max_num_seqs"
+    "gpu_memory_utilization tensor_parallel_size pipeline_parallel_size max_num_seqs"
     " max_num_batched_tokens max_lora_rank swap_space cpu_offload_gb".split()
 )
 
 
 def versions(args: argparse.Namespace) -> dict[str, str]:
-    """Return the versions of the libraries that decide; bitsandbytes is one where the base is in 4 bits."""
+    """Return the versions of the libraries that decide: also of bitsandbytes and vLLM, where they do."""
     libraries = [*LIBRARIES]
     if getattr(args, "four_bit", False) or hub.is_four_bit(args.model):
         libraries.append("bitsandbytes")
-    return {name: metadata.version(name) for name in libraries}
+    found = {name: metadata.version(name) for name in libraries}
+    if getattr(args, "engine", "torch") == "vllm":
+        import vllm  # as a package it has several names
+
+        found["vllm"] = vllm.__version__
+    return found
 
 
 def arguments(args: argparse.Namespace) -> dict:

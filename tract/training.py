@@ -181,7 +181,8 @@ def load_state(folder: Path, model, optimiser, schedule) -> int:
         if not ranks.rank():
             log.unlink(missing_ok=True)
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    # Mapped, not read: under torchrun every process does this, and a state can take most of the memory
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     weights = dict(model.named_parameters())
     saved = {name: ranks.spread_like(weights[name], x) for name, x in state["weights"].items()}
     model.load_state_dict(saved, strict=False)

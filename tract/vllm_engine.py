@@ -41,8 +41,9 @@ class Engine:
         defaults = {
             "dtype": "bfloat16" if bf16 else "float32",
             "tokenizer": tokenizer.name_or_path,
-            "hf_overrides": {"head_dtype": "float32"},  # bf16 would round the logits of the scores
         }
+        fp32_head = {"head_dtype": "float32"}  # bf16 would round the logits of the scores
+        options = options | {"hf_overrides": fp32_head | options.get("hf_overrides", {})}
         try:
             self.llm = LLM(model=hub.resolve(base or name), **defaults | options)
         except Exception as error:  # vLLM can raise anything

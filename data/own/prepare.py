@@ -95,11 +95,11 @@ def choose_columns(args: argparse.Namespace, rows: list) -> dict[str, str]:
         if column not in columns:
             there = ", ".join(map(repr, columns))
             raise InputError(f"{args.source}: has no column {column!r}; its columns are {there}")
-    taken_as_it_is = (*TEXTS, "score") if args.ratings else (*TEXTS, "score", "ratings")
+    taken_as_it_is = TEXTS if args.ratings else (*TEXTS, "score", "ratings")
     for column in columns:
         if column in taken_as_it_is and column not in [*sources, *dict(args.set), *asked]:
             sources[column] = column
-    unused = [repr(column) for column in columns if column not in [*asked, *sources]]
+    unused = [repr(column) for column in columns if column not in [*asked, *sources.values(), args.group]]
     print(f"not used: {', '.join(unused) or 'no column'}")
     return sources
 

@@ -73,7 +73,7 @@ def convert(row: Any, pair: str, file: str, rubric: str) -> list[dict] | str:
     chosen, rejected, field = texts
     if len(chosen) != 1 or not rejected or not all(map(is_text, chosen + rejected)):
         return "not one chosen and at least one rejected text"
-    common = {"pair": pair, "subset": str(row.get("subset") or file)}
+    common = {"pair": pair, "pair_size": len(chosen + rejected), "subset": str(row.get("subset") or file)}
     if field == "response":
         instruction = row.get("prompt", row.get("input"))
         if not is_text(instruction):
