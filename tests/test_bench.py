@@ -367,18 +367,32 @@ def test_what_is_said_of_the_rows_on_a_cpu_is_kept():
     committed = real.SETTINGS.parent
     page = " ".join((committed / "README.md").read_text("utf-8").split())
     errors = json.loads((committed / "ists-cpu/squared_error.json").read_text("utf-8"))
-    late = [f"{np.mean(errors[row][-100:]):.2f}".removeprefix("0") for row in ("token", "ce-w1", "tract")]
-    assert "squared error on training records, in the last 100 steps, is {}, {} and {}:".format(*late) in page
+    rows = ("token", "tract-0.02", "ce-w1", "two-hot-w1", "tract")
+    late = [f"{np.mean(errors[row][-100:]):.2f}".removeprefix("0") for row in rows]
+    text = "in the last 100 steps, is {} and {} where the score weighs a token (CE, with squared error),"
+    assert (text + " {}, {} and {} where it weighs its CoT").format(*late) in page
     cells = json.loads((committed / "ists-cpu.json").read_text("utf-8"))["cells"]
     r = {c["row"]: c["pearson"]["mean"] for c in cells if (c["test"], c["reading"]) == ("test", "rail")}
-    said = [f"{r[row]:.2f}".removeprefix("0") for row in ("token", "ce-w1", "tract", "raft")]
+    rows = ("token", "tract-0.02", "ce-w1", "tract", "raft")
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    assert "it reaches {}, with `--score-weight 1` {}, TRACT {}, RAFT {}.".format(*said) in readme
-    (ours, true), (theirs, _) = (judged("ists-cpu", f"{row}.test") for row in ("ce-w1", "token"))
-    picks = np.random.default_rng(0).integers(0, len(true), (1000, len(true)))
-    apart = [METRICS["pearson"](ours[i], true[i]) - METRICS["pearson"](theirs[i], true[i]) for i in picks]
-    assert np.percentile(apart, [2.5, 97.5]) == pytest.approx([0.18, 0.29], abs=0.01)
-    assert ".23 more [.18, .29]" in page
+    text = "CE reaches {}, squared error {}; as heavy as its CoT, {} (`--score-weight 1`) and {} (TRACT);"
+    assert (text + " RAFT {}.").format(*(f"{r[row]:.2f}".removeprefix("0") for row in rows)) in readme
+    rows = ("token", "ce-w1", "tract-0.02", "tract", "two-hot-w1")
+    text = "| CE | {} | {} (`--score-weight 1`) | | CE and squared error | {} (`--lambda 0.02`) |"
+    text += " {} (TRACT) | | two-hot CE | | {} |"
+    assert text.format(*(f"{r[row]:.3f}".removeprefix("0") for row in rows)) in page
+    for row, other, low, high, text in (
+        ("ce-w1", "token", 0.18, 0.29, "weight is worth {} [.18, .29] with CE"),
+        ("tract", "tract-0.02", 0.17, 0.27, "and {} [.17, .27] with the squared error;"),
+        ("tract-0.02", "token", 0.03, 0.11, "squared error itself {} [.03, .11]"),
+        ("tract", "ce-w1", 0.03, 0.09, "and {} [.03, .09];"),
+        ("tract", "two-hot-w1", 0.05, 0.11, "of the same weight, {} [.05, .11]."),
+    ):
+        (ours, true), (theirs, _) = (judged("ists-cpu", f"{name}.test") for name in (row, other))
+        picks = np.random.default_rng(0).integers(0, len(true), (300, len(true)))
+        apart = [METRICS["pearson"](ours[i], true[i]) - METRICS["pearson"](theirs[i], true[i]) for i in picks]
+        assert np.percentile(apart, [2.5, 97.5]) == pytest.approx([low, high], abs=0.015), row
+        assert text.format(f"{r[row] - r[other]:.2f}".removeprefix("0")) in page
     seconds = json.loads((committed / "ists-cpu/seconds.json").read_text("utf-8"))["seconds of each command"]
     assert f"({seconds['tract.test']:.0f} s and {seconds['raft.test']:.0f} s, 524 records" in page
     log = (committed / "ists-cpu/stage3.jsonl").read_text("utf-8").splitlines()
