@@ -228,7 +228,9 @@ def run_all(commands: dict[str, str], jobs: int) -> None:
     threads = max(1, (os.cpu_count() or 1) // jobs)
     fork = multiprocessing.get_context("fork")
     code = hashes_of(CODE)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the forks end with this process
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+            signal.signal(number, signal.default_int_handler)  # so that the forks end with this process
     with runs.progress(len(commands), len(commands) - len(waiting), "ablations", "command") as bar:
         while waiting or running:
             unmade = {*waiting, *(out for out, _ in running.values())}

@@ -61,7 +61,7 @@ def test_sections_weigh_their_pairs_and_the_total_its_sections(lab):
     path = lab.write("p.jsonl", rows)
     lab.run("eval", path, "--pairs", "--grid", "1,2,3", "--resamples", 20, "--out", out)
     said = lab.capsys.readouterr().out
-    assert "2 pairs left out: not one response is chosen, or one is missing: lone, two" in said
+    assert f"2 pairs of {path} left out: not one response is chosen, or one is missing: lone, two" in said
     groups = json.loads((out / "metrics.json").read_text())["files"][str(path)]
     found = {(g["section"], g["subset"]): (g["pairs"], g["accuracy"]["value"]) for g in groups}
     assert found["Reasoning", "math"] == (1, 1) and found["Reasoning", ""] == (2, 0.75)
@@ -78,7 +78,7 @@ def test_a_pair_without_prediction_is_left_out_and_one_at_odds_with_itself_refus
     rows = [response(name, chosen, [0.0, 0.0, 1.0]) for name in "ab" for chosen in (True, False)]
     rows[1]["prediction"] = None
     assert pairs.gather(rows, "p") == [rows[2:]]
-    assert "1 pairs left out: a record has no prediction: a" in capsys.readouterr().out
+    assert "1 pairs of p left out: a record has no prediction: a" in capsys.readouterr().out
     for change in ({"section": "Chat"}, {"subset": "math"}, {"weight": 2}):
         with pytest.raises(InputError, match=f"'{next(iter(change))}' differs within its pair"):
             pairs.gather([*rows[:3], rows[3] | change], "p")
@@ -93,7 +93,7 @@ def test_files_are_compared_on_pairs_that_are_whole_in_all(lab):
     lab.write("other.run.json", [{"arguments": {"out": "other.jsonl"}, "too_long": 1}])
     lab.run("eval", *both, "--pairs", "--resamples", 5, "--out", lab.path / "eval")
     said = lab.capsys.readouterr().out
-    assert "1 pairs left out: not one response is chosen, or one is missing: b\n" in said
+    assert f"1 pairs of {both[1]} left out: not one response is chosen, or one is missing: b\n" in said
     assert "1 pairs left out: not whole in all files: b\n" in said
     assert "other.jsonl: 95 % bootstrap intervals over pairs\n\n1 more records were too long" in said
     files = json.loads((lab.path / "eval/metrics.json").read_text())["files"]

@@ -21,7 +21,7 @@ def check_training_options(args) -> None:
     if not args.dry_run:
         runs.check_out(args.out)
     if args.fsdp and (args.lora or not ranks.launched()):
-        raise InputError("--fsdp: spreads all weights over the processes of torchrun; use it, with --full")
+        raise InputError("--fsdp: spreads all weights over the processes of torchrun; start so, with --full")
     no_ce_at_score = args.ce_weight == 0 or args.score_ce == "none" or args.score_weight == 0
     if args.stage < 3 and args.lam == 0 and no_ce_at_score:
         raise InputError("--lambda 0: then nothing trains the score; leave it out, or what turns off its CE")

@@ -80,8 +80,8 @@ def gather(rows: list[dict], path: str) -> list[list[dict]]:
             without_prediction.append(name)
         else:
             whole.append(chosen + rejected)
-    runs.report(broken, "left out: not one response is chosen, or one is missing", "pairs")
-    runs.report(without_prediction, "left out: a record has no prediction", "pairs")
+    runs.report(broken, f"of {path} left out: not one response is chosen, or one is missing", "pairs")
+    runs.report(without_prediction, f"of {path} left out: a record has no prediction", "pairs")
     if not whole:
         raise InputError(f"{path}: no whole pair; predict.py has to judge all records of a pair")
     return whole
