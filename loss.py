@@ -96,7 +96,8 @@ def cot_raft_loss(
         nll = weights * nll
     if n_sequences is None:
         n_sequences = max(len(y), 1)
-    ce = mean_ce(nll, is_score, score_ce != "none", score_weight, ce_sum, n_tokens, n_sequences)
+    with_scores = score_ce != "none"
+    ce = mean_ce(nll, is_score, with_scores, score_weight, ce_sum, n_tokens, n_sequences)
     penalties = penalty_of(penalty, logits_at_score, y, score_ids, score_values)  # (B,)
     mean_penalty = penalties.sum() / n_sequences
     return Loss(ce_weight * ce + lam * mean_penalty, ce.detach(), mean_penalty.detach())
@@ -140,10 +141,10 @@ def advantages(rewards: Tensor, kind: str = "leave-one-out") -> Tensor:
 
         ∇ E[r(c)] = E[r ∇ log p(c | x) + ∇ r]  ≈  1/K Σ_i (A_i ∇ log p(c_i | x) + ∇ r(c_i))
 
+    With r = −(ŷ − y*)² the right side is −∇ cot_raft_loss(weights=A, lam=1, ce_sum=True, score_ce="none").
+
     leave-one-out  A_i = r_i − mean of the others. As they do not depend on c_i, the estimate is unbiased
     group          A_i = (r_i − mean of all) / their standard deviation, clipped to ±1, as in REAL: biased
-
-    With r = −(ŷ − y*)² that is −∇ cot_raft_loss(weights=A, lam=1, ce_sum=True, score_ce="none").
 
     Worked example: rewards −1, −1, −4 become 1.5, 1.5, −3; by group .577, .577, −1 (−1.155, clipped).
     """

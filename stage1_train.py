@@ -241,7 +241,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     try:
         speed = train(args, model, plan, held_out, loss_options, part_folder)
     except torch.OutOfMemoryError:
-        remedy = "lower --batch-size or --max-length, or add --lora 8"
+        remedy = "lower --batch-size or --max-length, or train adapters (--lora)"
         raise Fault(f"{part_folder}: out of memory; {remedy}") from None
     facts = {"examples": len(examples), "tokens": tokens, "tokens_per_second": speed}
     training.save_checkpoint(args, model, tokenizer, part_folder, settings, started, facts)

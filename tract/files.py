@@ -87,6 +87,7 @@ class Output:
         self.started = time.time()
         self.args = args
         self.at_once = args.batch_size  # sequences
+        self.ran_out = False  # of memory, while the chunk in flight was judged
 
     def begin(self, judge: Loaded, records: list[dict], lengths: dict[str, int]) -> None:
         """Leave out what is longer (in tokens) than fits; find what is finished. Raises InputError."""
@@ -122,7 +123,7 @@ class Output:
                 if new:
                     self.ran_out = False
                     yield chunk
-                    if self.ran_out:  # which `halving` sets
+                    if self.ran_out:  # `halving` has said so
                         torch.cuda.empty_cache()  # only now: the error, until it was handled, held tensors
                         continue  # with a smaller chunk
                     with open(self.file, "ab") as file:

@@ -86,8 +86,7 @@ def write_own(args, judge: Loaded, prompts: list[Example], when: int | str, num_
     sampling.num_cots = num_cots
     records = [{"id": prompt.id} for prompt in prompts]
     ids = [list(prompt.ids) for prompt in prompts]
-    judge.model.eval()  # in training mode, gradient checkpointing would turn the cache off
-    check_weights(args, judge, prompts)
+    check_weights(args, judge, prompts)  # and leave the model in eval mode
     with autocast(args.bf16):
         # Nothing is kept for a backward pass, so more sequences fit than in training
         groups = write_cots(judge, records, ids, sampling, at_once=8 * args.batch_size)
@@ -98,7 +97,7 @@ def write_own(args, judge: Loaded, prompts: list[Example], when: int | str, num_
 
 def check_weights(args, judge: Loaded, prompts: list[Example]) -> None:
     """Score the first prompt, and raise Fault if that score is not finite. Leaves the model in eval mode."""
-    judge.model.eval()
+    judge.model.eval()  # in training mode, gradient checkpointing would turn the cache off
     with autocast(args.bf16):
         expected = score(judge, [list(prompts[0].ids)])[0].expected
     if not math.isfinite(expected):

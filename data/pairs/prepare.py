@@ -6,8 +6,8 @@
 
 Sees by itself what a row is: RewardBench (prompt, chosen, rejected), RewardBench 2 (lists of these), LLMBar
 (input, output_1, output_2, label), or whole rendered prompts as in prometheus-eval's files
-(chosen_instruction, rejected_instruction). The records of a pair share `pair`, `subset`, `section` and
-`weight`, and one of them is `chosen`.
+(chosen_instruction, rejected_instruction). The records of a pair share `pair`, `pair_size`, `subset`,
+`section` and `weight`, and one of them is `chosen`.
 """
 
 import argparse
