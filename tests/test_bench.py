@@ -311,7 +311,7 @@ def test_committed_tables_of_people_s_scores_come_from_the_committed_predictions
             assert f"| {r.lstrip('0')} | {rmse.lstrip('0')} |" in tried, (name, r, rmse)
     chunks = dict(np.load(committed / "ists/chunk_scores.npz"))
     said = {name: chunks[name] for name in chunks if "true" not in name}
-    assert len(said) == 10
+    assert len(said) == 12
     for name, scores in said.items():
         r = f"{METRICS['pearson'](scores, chunks[name.split('.')[0] + '.true']):.3f}"
         assert re.search(rf"(?<![\d.]){re.escape(r.lstrip('0'))}\b", page + tried), (name, r)
@@ -382,11 +382,13 @@ def test_what_is_said_of_the_rows_on_a_cpu_is_kept():
     text += " {} (TRACT) | | two-hot CE | | {} |"
     assert text.format(*(f"{r[row]:.3f}".removeprefix("0") for row in rows)) in page
     for row, other, low, high, text in (
-        ("ce-w1", "token", 0.18, 0.29, "weight is worth {} [.18, .29] with CE"),
-        ("tract", "tract-0.02", 0.17, 0.27, "and {} [.17, .27] with the squared error;"),
+        ("ce-w1", "token", 0.18, 0.29, "as much as its CoT is worth {} [.18, .29] with CE"),
+        ("tract", "tract-0.02", 0.17, 0.27, "and {} [.17, .27] with the squared error,"),
         ("tract-0.02", "token", 0.03, 0.11, "squared error itself {} [.03, .11]"),
-        ("tract", "ce-w1", 0.03, 0.09, "and {} [.03, .09];"),
-        ("tract", "two-hot-w1", 0.05, 0.11, "of the same weight, {} [.05, .11]."),
+        ("tract", "ce-w1", 0.03, 0.09, "and {} [.03, .09], or"),
+        ("tract", "two-hot-w1", 0.05, 0.11, "or {} [.05, .11] against a soft target of the same weight."),
+        ("tract", "a2", 0.10, 0.19, "ridge regression (on a CPU {} [.10, .19]);"),
+        ("a2", "token", 0.09, 0.21, "than from those of p_s, {} [.09, .21] on a CPU."),
     ):
         (ours, true), (theirs, _) = (judged("ists-cpu", f"{name}.test") for name in (row, other))
         picks = np.random.default_rng(0).integers(0, len(true), (1000, len(true)))
@@ -411,21 +413,26 @@ def test_what_is_said_of_saf_is_kept():
     page = " ".join((committed / "README.md").read_text("utf-8").split())
     report = json.loads((committed / "saf-cpu.json").read_text("utf-8"))
     rail = {(c["row"], c["test"]): c for c in report["cells"] if c["reading"] == "rail"}
-    answers = [rail[row, "unseen_answers"]["pearson"]["mean"] for row in ("tract", "raft")]
+    rows = ("tract", "raft", "a2")
+    answers = [rail[row, "unseen_answers"]["pearson"]["mean"] for row in rows]
     known = report["baselines"]["unseen_answers"]
     means = [known[name]["pearson"] for name in ("mean training score of the question", "ridge")]
-    text = (
-        "they reach r {} and {}, the mean training score of the question alone {}, a regression on words {}"
-    )
+    text = "TRACT, RAFT and A.2 reach r {}, {} and {}, the mean training score of the question alone {},"
+    text += " a regression on words {}."
     assert text.format(*(f"{r:.3f}".replace("0.", ".") for r in answers + means)) in page
-    errors = [rail[row, "unseen_questions"]["rmse"]["mean"] for row in ("tract", "raft")]
+    errors = [rail[row, "unseen_questions"]["rmse"]["mean"] for row in rows]
     errors.append(report["baselines"]["unseen_questions"]["mean training score"]["rmse"])
-    text = "(RMSE {} and {}, the mean training score {};"
+    text = "(RMSE {}, {} and {}, the mean training score {};"
     assert text.format(*(f"{error:.3f}".replace("0.", ".") for error in errors)) in page
     tests = ("annotated", "unseen_questions-annotated", "unseen_answers", "unseen_questions")
     own = [rail["a1", test]["rmse"]["mean"] for test in tests]
     text = "p_s has an RMSE of {} and {} on the graders' feedback, of {} and {} on its own"
     assert text.format(*(f"{error:.3f}".replace("0.", ".") for error in own)) in page
+    own = [rail["tract", test]["rmse"]["mean"] for test in (tests[0], tests[2], tests[1], tests[3])]
+    text = "no difference whose feedback it reads ({} and {}; {} and {})"
+    assert text.format(*(f"{error:.3f}".replace("0.", ".") for error in own)) in page
+    apart = rail["a2", "unseen_answers"]["difference"]["pearson"]
+    assert "A.2 is {value:.2f} [{low:.2f}, {high:.2f}] ahead".format(**apart).replace("0.", ".") in page
 
     kept = dict(np.load(committed / "saf-cpu/questions.npz"))  # of the unseen answers, and training scores
 
@@ -434,20 +441,19 @@ def test_what_is_said_of_saf_is_kept():
 
     with_means = []
     within = []
-    for row in ("tract", "raft"):
+    for row in rows:
         probs, true, grid = ablations.predictions(f"{committed}/saf-cpu/seed1", f"{row}.unseen_answers")
         predicted = probs[:, 0] @ grid
         r = METRICS["pearson"](predicted, kept["mean"])
         with_means.append(f"{r:.2f}".removeprefix("0"))
         r = METRICS["pearson"](within_questions(predicted), within_questions(true))
         within.append(f"{r:.2f}".removeprefix("0"))
-    assert (
-        "correlate with the question's mean training score at {}, RAFT's at {};".format(*with_means) in page
-    )
-    assert "have r = {} and {} with the true".format(*within) in page
+    text = "correlate with the question's mean training score at {}, {} and {};"
+    assert text.format(*with_means) in page
+    assert "have r = {}, {} and {} with the true".format(*within) in page
     errors = json.loads((committed / "saf-cpu/squared_error.json").read_text("utf-8"))
-    numbers = [np.mean(errors["tract"][-50:]), np.mean(errors["raft"][-50:]), kept["variance"]]
-    text = "is still {} and {}, with a variance of {}:"
+    numbers = [*(np.mean(errors[row][-50:]) for row in rows), kept["variance"]]
+    text = "is still {}, {} and {}, with a variance of {}:"
     assert text.format(*(f"{x:.3f}".removeprefix("0") for x in numbers)) in page
 
 
@@ -487,10 +493,10 @@ def test_controls_and_what_one_rater_reaches_are_counted():
 @pytest.mark.parametrize(
     ("row", "other", "low", "high", "text"),
     [
-        ("swapped", "a1", 0.16, 0.28, "it still gains {0:.2f} [.16, .28] and {1:.2f} [.27, .47]"),
-        ("tract", "swapped", 0.03, 0.10, "the rest, {0:.2f} [.03, .10] and {1:.2f} [.07, .25]"),
+        ("swapped", "a1", 0.16, 0.28, "it still gains {0:.2f} [.16, .28] and {1:.2f} [.27, .47];"),
+        ("tract", "swapped", 0.03, 0.10, "the rest, {0:.2f} [.03, .10] and {1:.2f} [.07, .25]."),
         ("raft", "ce-no-cot", 0.001, 0.026, "RAFT is {0:.3f} [.001, .026] and {1:.3f} [-.007, .059] ahead"),
-        ("ce", "a1", 0.004, 0.113, "is {0:.3f} [.004, .113] ahead of A.1 on sentences"),
+        ("ce", "a1", 0.004, 0.113, "alone is {0:.3f} [.004, .113] ahead of A.1 on sentences"),
     ],
 )
 def test_the_differences_to_decide_by_are_counted(monkeypatch, row, other, low, high, text):
