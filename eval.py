@@ -2,7 +2,7 @@
 
     python eval.py out/run/predictions.jsonl [more.jsonl ...] --out out/run/eval
 
-Writes metrics.json, figure.png and report.html (both, and the records) to --out and prints tables, for the
+Writes metrics.json, figure.png and report.html (tables, figure, records) to --out and prints tables, for the
 prediction (CoT-RAIL) and the decoded score. Several files are compared with the first, on the records they
 share and the same resamples. Records without score or prediction are left out and counted. Where records
 have the `ratings` of several people, each rater, and the judge in a rater's place, is compared with the mean
@@ -35,7 +35,7 @@ from tract.scores import Predictions, facts_of_file, groups_of, keep_common, rea
 KINDS = ("prediction", "decoded")  # CoT-RAIL, and the most likely score
 
 
-# The metrics. p (n,) and y (n,) are predicted and true scores; what is undefined is NaN
+# The metrics. p (n,) and y (n,) are predicted and true scores, p no probability; what is undefined is NaN
 def correlation(coefficient, p: np.ndarray, y: np.ndarray) -> float:
     """Return a correlation coefficient of scipy.stats, NaN where one side is constant."""
     if np.ptp(p) == 0 or np.ptp(y) == 0:
@@ -77,7 +77,7 @@ def length_bias(p: np.ndarray, y: np.ndarray, length: np.ndarray) -> float:
     r_pl = correlation(stats.pearsonr, p, length)
     r_py = correlation(stats.pearsonr, p, y)
     r_ly = correlation(stats.pearsonr, length, y)
-    unexplained = (1 - r_py**2) * (1 - r_ly**2)  # NaN where a correlation is
+    unexplained = (1 - r_py**2) * (1 - r_ly**2)  # NaN where r_py or r_ly is: so is what is returned
     if unexplained <= 1e-12:  # the true score explains prediction or length altogether
         return math.nan
     return (r_pl - r_py * r_ly) / math.sqrt(unexplained)
@@ -92,7 +92,7 @@ def ties(p: np.ndarray) -> float:
 
 
 def against_others(rows: list[dict], kind: str | None = None) -> dict | None:
-    """Return r (None where undefined) and RMSE of each rater against the mean of a record's other raters.
+    """Return r (None where undefined) and RMSE of all ratings, each against the mean of its record's others.
 
     None where no record has several `ratings`. kind: put this prediction (one of KINDS) in the rater's place.
     """
@@ -118,8 +118,8 @@ def against_others(rows: list[dict], kind: str | None = None) -> dict | None:
 def draw_resamples(groups: list, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Yield the indices of the records in each resample; the first is the data itself.
 
-    groups: which group each record is of (n,). Whole groups are drawn: records of one are alike, and would
-    be counted as more evidence than they are. A record that is alike to no other is a group of its own.
+    groups: which group each record is of (n,). Whole groups are drawn: records of one group are alike, and
+    drawn singly they would make intervals too narrow. A record like no other is a group of its own.
     """
     indices_of = {}  # group → indices of its records
     for index, group in enumerate(groups):
@@ -129,7 +129,7 @@ def draw_resamples(groups: list, resamples: int, seed: int) -> Iterator[np.ndarr
     random = np.random.default_rng(seed)
     for _ in range(resamples):  # one at a time: all together would take gigabytes
         drawn = random.integers(0, len(members), len(members))  # which groups
-        if len(members) == len(groups):
+        if len(members) == len(groups):  # every record is a group: the numbers of groups are indices
             yield drawn
         else:
             yield np.concatenate([members[number] for number in drawn])
@@ -187,7 +187,7 @@ def compare(
     report = {"reference": reference, "evaluated": n, "resamples": resamples, "seed": seed, "files": {}}
     if group is not None:
         report |= {"group": group, "groups": len(set(groups))}
-    report["one_rater"] = against_others(common[reference].rows)
+    report["one_rater"] = against_others(common[reference].rows)  # what a person reaches
     samples = {}  # path → kind → metric → values (1 + resamples,)
     for path, file in common.items():
         samples[path] = {}
@@ -207,8 +207,8 @@ def compare(
                     entry["difference"][kind][name] = interval(difference)
             # Without interval: a resample holds records twice, which are tied with themselves
             entry[kind]["ties"] = ties(np.array([row[kind] for row in file.rows]))
-        entry["against_others"] = against_others(file.rows, "prediction")
-        entry["intervals"] = intervals.calibrate(path, file, seed, groups)
+        entry["against_others"] = against_others(file.rows, "prediction")  # what the judge does in that place
+        entry["intervals"] = intervals.calibrate(path, file, seed, groups)  # for predict.py --intervals
         report["files"][path] = entry
     return report
 

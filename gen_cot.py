@@ -1,4 +1,4 @@
-"""Self-generated CoTs: p_s writes a CoT for every training prompt; its score is dropped, the true one kept.
+"""Self-generated CoTs: p_s writes a CoT for every training prompt; p_s's score is dropped, the true one kept.
 
     python gen_cot.py --model out/run/stage1 --data train.jsonl --out out/run/cots.jsonl
 
@@ -26,12 +26,12 @@ def main() -> None:
     p_s = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
     prompts = encode_prompts(p_s.tokenizer, records)  # id → token ids
     lengths = {id: len(prompt) for id, prompt in prompts.items()}
-    output.begin(p_s, records, lengths)  # drops what is too long, goes on after the records already written
+    output.begin(p_s, records, lengths)  # leaves out what is too long, goes on after records already written
     for chunk in output.chunks():
-        # Out of memory ends this block alone: chunks() then yields the records again, in smaller batches
+        # If memory runs out here, halving() has chunks() yield the records again, fewer at a time
         with output.halving():
             chunk_prompts = [prompts[record["id"]].tolist() for record in chunk]
-            # The random numbers of a CoT depend on --seed and the id of its record alone
+            # The random numbers of a CoT depend on --seed, the id of its record and its number there alone
             chunk_cots = write_cots(p_s, chunk, chunk_prompts, args, output.at_once)
             for record, cots in zip(chunk, chunk_cots, strict=True):
                 # What p_s would give as a score (cot.scores) is dropped; the record keeps its true score

@@ -26,14 +26,14 @@ def rail(logits: Tensor, *, score_ids: Tensor, score_values: Tensor) -> Rail:
     score_ids     (S,)      token ids of the score grid
     score_values  (S,)      what those tokens are worth, ascending
 
-    The softmax runs over the whole vocabulary and is not renormalised over the scores, in fp32 at least.
+    The softmax runs over the whole vocabulary, in fp32 at least; it is not renormalised over the scores.
 
     Worked example: V = 4, the scores 1 and 5 are the tokens 2 and 3, and the logits are log [.1, .1, .2, .6].
     Then ŷ = .2 · 1 + .6 · 5 = 3.2, with an off-grid mass of .2.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     probs = logits.softmax(-1)[..., score_ids]  # (..., S)
-    expected = (probs * score_values.to(probs.dtype)).sum(-1)  # autocast would round probs @ values to bf16
+    expected = (probs * score_values.to(probs.dtype)).sum(-1)  # not `@`, which autocast would do in bf16
     return Rail(expected, 1 - probs.sum(-1), probs)
 
 
@@ -64,6 +64,9 @@ def cot_raft_loss(
     """Return CoT-RAFT: squared error of the expected score, plus cross-entropy (CE) on the CoT and the score.
 
         λ · (Σ_v p(str(v) | x, CoT) · v − y*)²  −  log p([CoT, y*] | x)        the paper's CoT-RAFT objective
+
+    As in the authors' code, the CE is a mean over tokens, the end of sequence among them; with ce_sum=True it
+    is summed, as in the formula.
 
     logits        (R, V)  at the supervised positions alone; prompt and padding never come here
     targets       (R,)    the token to be predicted at each position
@@ -112,10 +115,10 @@ def mean_ce(
     n_tokens: int | None,
     n_sequences: int,
 ) -> Tensor:
-    """Return the mean of the CE at all positions.
+    """Return the CE of a batch: its share of that of the optimiser step, by the divisors below.
 
     nll           (R,)  negative log-likelihoods
-    with_scores   False: the score's position has no CE, and score_weight is None
+    with_scores   False: the score's position has no CE, then score_weight has to be None
     score_weight  None: the score is one token among those of its CoT
                   w: its CE has a divisor of its own, CE = Σ_others / n_tokens + w · Σ_scores / n_sequences,
                   where n_tokens counts the scores, too. With ce_sum both divisors are n_sequences
@@ -137,7 +140,8 @@ def mean_ce(
 def advantages(rewards: Tensor, kind: str = "leave-one-out") -> Tensor:
     """Return by how much each of K CoTs of a prompt did better than its siblings: (..., K) → (..., K).
 
-    They estimate the gradient of an expected reward that itself depends on the model (arXiv 2603.17145):
+    They weigh the gradient of the expected reward r(c) of CoTs c that the model writes itself; r depends
+    on the model, too (arXiv 2603.17145):
 
         ∇ E[r(c)] = E[r ∇ log p(c | x) + ∇ r]  ≈  1/K Σ_i (A_i ∇ log p(c_i | x) + ∇ r(c_i))
 
@@ -160,7 +164,7 @@ def penalty_of(
 ) -> Tensor:
     """Return what λ weighs, (B,): how far each score distribution is from its true score y.
 
-    Where raters of the same response disagree on y, each penalty has its minimum at another p:
+    Where raters disagree on y, the penalties prefer different p:
 
     squared  (Σ_v p(v) · v − y)², RAFT's. Least where the expected score is the mean of y. Mass off the grid
              counts as a score of 0.
@@ -186,9 +190,7 @@ def penalty_of(
 
 
 def two_hot(true_scores: Tensor, score_values: Tensor) -> Tensor:
-    """Split each true score (inside the grid) between its two neighbours on it, so that the mean is y.
-
-    (B,) → (B, S).
+    """Split each true score y (inside the grid) between the grid points around it, mean y: (B,) → (B, S).
 
     Worked example: on the grid 1, 5 a true score of 4 becomes (.25, .75); on the grid 1, 3, 5, (0, .5, .5).
     """

@@ -42,14 +42,14 @@ PAPER = {
     "warmup": 0.1,
     "weight_decay": 0.0,
     "gradient_checkpointing": True,
-    "lora": 8,
+    "lora": 8,  # rank of the adapters; None: all weights are trained
 }
 DEFAULTS = {
     "mistral-7b": PAPER,
     "llama-3.1-8b": PAPER,
     "prometheus-2-7b": PAPER,
     "qwen3-8b": PAPER,
-    "any other": PAPER | {"lora": None},  # all other models: all weights are trained
+    "any other": PAPER | {"lora": None},
     "data/tiny/seed": {  # the embedded task
         "data": "data/tiny/train.jsonl",
         "lr": 1e-3,
@@ -80,7 +80,7 @@ def collate(examples: list[Example]) -> dict[str, Tensor]:
     for b, example in enumerate(examples):
         length = len(example.ids)
         ids[b, :length] = torch.tensor(example.ids)
-        supervised[b, example.start - 1 : length - 1] = True
+        supervised[b, example.start - 1 : length - 1] = True  # position t predicts token t + 1
         is_score[b, example.score_position - 1] = True
         true_scores[b, example.score_position - 1] = example.score
     batch = {
@@ -113,7 +113,7 @@ def loss_in_parts(model, states: Tensor, batch: dict, loss_options: dict, bf16: 
     size = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
     for start in range(0, len(states), size):
         positions = slice(start, start + size)
-        # What cot_raft_loss takes of the batch, (r,) each: all but the two that the decoder used
+        # The labels of these positions, (r,) each: all of the batch but the two that the decoder used
         labels = {name: x[positions] for name, x in batch.items() if name not in ("ids", "supervised")}
         with autocast(bf16):
             # (r, V); those of the score tokens are computed in fp32, for bf16 would blur their distribution
@@ -130,18 +130,18 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, args)
     split into micro-batches.
     """
     n_tokens = sum(example.n_supervised for example in window)
-    if args.score_ce == "none":  # CE then skips the score of each sequence
+    if args.score_ce == "none":  # CE skips each score; in stage 3, with ce_sum, n_tokens divides nothing
         n_tokens -= len(window)
     divisors = {"n_tokens": n_tokens, "n_sequences": len(window)}
-    loss_options = divisors | loss_options  # stage 3 brings n_sequences itself
+    loss_options = divisors | loss_options  # the right side wins: stage 3 brings its own n_sequences
     sums = torch.zeros(3, device=device())
     for micro_batch in ranks.micro_batches(window, args.batch_size):
         batch = collate(micro_batch)
         states = supervised_states(model, batch, args.bf16)  # (R, D)
         # In short: cot_raft_loss(next_token_logits(model, states, score_ids), ...).total.backward()
         # But then R × V logits exist at once, which is gigabytes. So cut the graph between decoder and head,
-        # go through the head a few positions at a time, adding up the gradient of the states, and send that
-        # through the decoder.
+        # go through the head a few positions at a time, each of which fills in its rows of cut.grad, and send
+        # that through the decoder.
         cut = states.detach().requires_grad_()
         cut.grad = torch.zeros_like(cut)  # for a micro-batch that supervises nothing (idle under torchrun)
         for part in loss_in_parts(model, cut, batch, loss_options, args.bf16):
@@ -151,44 +151,47 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, args)
     return sums
 
 
-def train(args, model, plan: list[list], held_out: list, loss_options: dict, folder: Path) -> int | None:
+def take_step(model, window: list[Example], loss_options: dict, optimiser, args) -> dict:
+    """Take an optimiser step, unless something in it is not finite; return what log.jsonl says of it."""
+    sums = accumulate_gradients(model, window, loss_options, args)
+    # In place, over all processes of torchrun; without it there is one, and nothing to add
+    ranks.add_up([sums, *ranks.gradients(model)])
+    norm = ranks.clip(model, args.clip or math.inf)
+    loss, ce, penalty = sums.tolist()
+    measured = {"loss": loss, "ce": ce, "penalty": penalty, "grad_norm": float(norm)}
+    finite = all(map(math.isfinite, measured.values()))
+    if finite:  # one bad step would spoil all weights; after many in a row, end_step gives up
+        optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return {"taken": finite, "lr": optimiser.param_groups[0]["lr"], **measured}
+
+
+def train(args, model, plan: list[list], held_out: list, loss_options: dict, folder: Path) -> None:
     """Take one optimiser step for each window of examples in the plan, and log it to folder/log.jsonl.
 
     loss_options: arguments of cot_raft_loss that are the same for every batch. Where an earlier run left a
-    folder/state.pt, it goes on from there. Returns tokens a second; None where no step was left.
+    folder/state.pt, it goes on from there.
     """
     steps_per_epoch = len(plan) // args.epochs
     optimiser, schedule = training.make_optimiser(model, args, steps=len(plan))
     with training.Journal(args, folder, model, optimiser, schedule, len(plan)) as journal:
         for step, window in journal.remaining(plan):  # steps count from 1
-            sums = accumulate_gradients(model, window, loss_options, args)
-            # In place, over all processes of torchrun; without it there is one, and nothing to add
-            ranks.add_up([sums, *ranks.gradients(model)])
-            norm = ranks.clip(model, args.clip or math.inf)
-            loss, ce, penalty = sums.tolist()
-            measured = {"loss": loss, "ce": ce, "penalty": penalty, "grad_norm": float(norm)}
-            finite = all(map(math.isfinite, measured.values()))
-            if finite:  # one bad step would spoil all weights; after many in a row, end_step gives up
-                optimiser.step()
-            line = {"step": step, "taken": finite, "lr": schedule.get_last_lr()[0], **measured}
+            line = {"step": step, **take_step(model, window, loss_options, optimiser, args)}
             schedule.step()
-            optimiser.zero_grad(set_to_none=True)
             if held_out and step % steps_per_epoch == 0:
                 line["valid"] = evaluate(model, held_out, loss_options, args)
             journal.end_step(window, line)
-        speed = journal.tokens_per_second()
     # Every loss in the log was computed before its step: nothing has tried the last weights yet
     last = evaluate(model, plan[-1], loss_options, args)
     if not math.isfinite(last["ce"]):
         raise Fault(f"{folder}: the last steps spoilt the weights; remove it, and try a lower --lr")
-    return speed
 
 
 @torch.no_grad()
 def evaluate(model, examples: list[Example], loss_options: dict, args) -> dict:
-    """Return mean CE a token and RMSE on held-out examples, on their CoTs as given."""
+    """Return the mean CE a token and the RMSE on examples, held out or not, with the CoTs they have."""
     model.eval()
-    # The same measures whatever is trained on, so that runs can be compared
+    # The same measures whichever loss is trained with, so that runs can be compared
     plain_loss = {"score_ce": "token", "score_weight": None, "penalty": "squared", "ce_sum": False}
     loss_options = loss_options | plain_loss
     loss_options["n_tokens"] = sum(example.n_supervised for example in examples)
@@ -208,7 +211,8 @@ def evaluate(model, examples: list[Example], loss_options: dict, args) -> dict:
 def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]]) -> None:
     """Train args.model on every (record, CoT) pair of args.data; write the checkpoint to args.out.
 
-    need: fields that the records have. cots_of(record): its CoTs; with args.no_cot, "" is used instead.
+    need: fields that every record must have. cots_of(record): the CoTs to train on; with args.no_cot, "" is
+    used instead.
     Raises InputError or Fault.
     """
     started = time.time()
@@ -227,7 +231,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
         show_example(args, tokenizer, examples[0], score_ids)
         return
 
-    part_folder, settings, _lock = training.begin(args)  # the lock is held until the end
+    folder, settings, _lock = training.begin(args)  # OUT.part; the lock is held until the end
     torch.manual_seed(args.seed)
     checkpointing = args.gradient_checkpointing
     # Seed model → p_s (stage 1) or p_tract (stage 2)
@@ -239,12 +243,12 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     for name in ("lam", "penalty", "ce_weight", "score_ce", "score_weight", "ce_sum"):
         loss_options[name] = getattr(args, name)
     try:
-        speed = train(args, model, plan, held_out, loss_options, part_folder)
+        train(args, model, plan, held_out, loss_options, folder)
     except torch.OutOfMemoryError:
         remedy = "lower --batch-size or --max-length, or train adapters (--lora)"
-        raise Fault(f"{part_folder}: out of memory; {remedy}") from None
-    facts = {"examples": len(examples), "tokens": tokens, "tokens_per_second": speed}
-    training.save_checkpoint(args, model, tokenizer, part_folder, settings, started, facts)
+        raise Fault(f"{folder}: out of memory; {remedy}") from None
+    facts = {"examples": len(examples), "tokens": tokens}
+    training.save_checkpoint(args, model, tokenizer, folder, settings, started, facts)
 
 
 def main() -> None:

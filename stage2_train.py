@@ -17,16 +17,15 @@ def main() -> None:
     parser = make_training_parser(__doc__, stage=2, defaults=DEFAULTS)
     add = parser.add_argument_group("stage 2").add_argument
     add("--keep-unfinished", action="store_true", help="also train on CoTs that never reached the suffix")
-    add("--continue-from-stage1", action="store_true", help="allow p_s as --model (ablation A.4)")
+    add("--continue-from-stage1", action="store_true", help="start from p_s, as --model (ablation A.4)")
     args = parser.parse_args()
 
     stage = hub.training_arguments(args.model).get("stage")  # None for a model that was not trained here
-    what = "a model that was not trained here" if stage is None else f"the checkpoint of stage {stage}"
-    starts_from = f"{args.model}: {what}, but stage 2 starts from"
+    found = "a model that was not trained here" if stage is None else f"the checkpoint of stage {stage}"
     if args.continue_from_stage1 and stage != 1:
-        raise InputError(f"{starts_from} p_s, with --continue-from-stage1; give that")
+        raise InputError(f"{args.model}: {found}; give p_s, which --continue-from-stage1 goes on from")
     if stage is not None and not args.continue_from_stage1:
-        raise InputError(f"{starts_from} the seed model; give that, or p_s with --continue-from-stage1 (A.4)")
+        raise InputError(f"{args.model}: {found}; give the seed, or p_s with --continue-from-stage1 (A.4)")
     grid_was_given = args.grid is not None
     args.grid = choose_grid(args)  # that of --grid, else 1 to 5; with A.4, that of p_s
     shortened = []  # ids of records that lost a CoT; cots_of fills it while run_stage reads the data
@@ -35,9 +34,10 @@ def main() -> None:
         """Return the CoTs of a record to train on; where one is left out, its id goes into `shortened`."""
         if "prediction" in record:  # a file of predict.py, which has the same fields
             raise InputError(f"record {record['id']!r} is a prediction; make training data with gen_cot.py")
-        if record.get("grid", str(args.grid)) != str(args.grid) and not grid_was_given:
-            what = f"was written for the scores {record['grid']}, not {args.grid}"
-            raise InputError(f"record {record['id']!r}: its CoT {what}; give --grid {record['grid']}")
+        written_for = record.get("grid", str(args.grid))  # not every file says it
+        if written_for != str(args.grid) and not grid_was_given:
+            what = f"its CoT was written for the scores {written_for}, not {args.grid}"
+            raise InputError(f"record {record['id']!r}: {what}; give --grid {written_for}")
         cots = []
         for cot, finished in zip(record["cots"], record["finished"], strict=True):
             if finished or args.keep_unfinished:

@@ -2,8 +2,8 @@
 
     python stage3_train.py --model out/run/stage2 --data train.jsonl --valid valid.jsonl --out out/run/stage3
 
-Stage 1's loop on windows that the model being trained writes itself: K CoTs for each prompt x. CoT i is
-trained on with the weight A_i, by how much its reward −(ŷ_i − y*)² is above its siblings' (`advantages` in
+Stage 1's gradients, on windows that the model being trained writes itself: K CoTs for each prompt x. CoT i
+is trained on with the weight A_i, by how much its reward −(ŷ_i − y*)² is above its siblings' (`advantages` in
 loss.py), and the squared error flows through the expected score ŷ_i after it, as ever:
 
     1/K Σ_i (−A_i log p(CoT_i | x) + β (ŷ_i − y*)²)        cot_raft_loss with the weights A, and λ = β
@@ -14,7 +14,6 @@ also has a multiple of log p(y* | x, CoT), here left out. Every 10 steps held-ou
 on CoTs of the model's own; --out gets the weights with the lowest RMSE there, maybe those before training.
 """
 
-import math
 import time
 from pathlib import Path
 from statistics import mean
@@ -22,8 +21,8 @@ from statistics import mean
 import torch
 
 from loss import advantages
-from stage1_train import DEFAULTS, accumulate_gradients
-from tract import curves, hub, models, ranks, rollout, runs, training
+from stage1_train import DEFAULTS, take_step
+from tract import curves, hub, models, rollout, runs, training
 from tract.encode import Example
 from tract.examples import check_training_options, print_memory
 from tract.options import choose_grid
@@ -31,7 +30,7 @@ from tract.records import InputError
 from tract.runs import Fault
 from tract.writing import Cot, Loaded, load_judge, random_numbers
 
-# Of cot_raft_loss: CE is summed over each CoT, and there is none at the score
+# Options of cot_raft_loss: CE is summed over each CoT, and the score's position has none
 LOSS = {"ce_sum": True, "score_ce": "none", "penalty": "squared", "ce_weight": 1.0, "score_weight": None}
 
 
@@ -48,16 +47,16 @@ def rewards_of(args, step: int, prompt: Example, cots: list[Cot]) -> torch.Tenso
 def examples_of(prompt: Example, cot: Cot, advantage: float) -> list[Example]:
     """Return what to train on for a CoT: A weighs all tokens that were sampled, and none that was forced."""
     start = len(prompt.ids)
-    end = len(cot.ids)
+    end = len(cot.ids)  # of prompt, CoT and suffix
     # Any token will do as the score, 0 here: only its distribution is looked at
-    score = prompt._replace(ids=[*cot.ids, 0], start=end, score_position=end)
+    scored = prompt._replace(ids=[*cot.ids, 0], start=end, score_position=end)
     if cot.ids[start:] == cot.sampled:
-        return [score._replace(start=start, weight=advantage)]
+        return [scored._replace(start=start, weight=advantage)]
     # The suffix was forced, or the text is not encoded as it was sampled: what was sampled is an example of
     # its own, whose score lies beyond its end, where collate supervises nothing
     sampled = [*prompt.ids, *cot.sampled]
     policy = prompt._replace(ids=sampled, start=start, score_position=len(sampled), weight=advantage)
-    return [policy, score]
+    return [policy, scored]
 
 
 def write_window(args, judge: Loaded, prompts: list[Example], step: int) -> tuple[list[Example], dict]:
@@ -77,40 +76,32 @@ def write_window(args, judge: Loaded, prompts: list[Example], step: int) -> tupl
 
 
 def train(args, judge: Loaded, plan: list, held_out: list[Example], folder: Path) -> dict:
-    """Take a step a window of prompts; leave the weights best on `held_out` in the model. Returns facts."""
+    """Take a step for each window of prompts; leave the best weights in the model. Returns facts on them."""
     model = judge.model
     # No schedule is stepped: the learning rate stays what it is, --lr
     optimiser, schedule = training.make_optimiser(model, args, args.steps)
     loss_options = judge.score_tensors | LOSS | {"lam": args.lam}  # λ = β
     with training.Journal(args, folder, model, optimiser, schedule, args.steps) as journal:
         log = curves.read_log(folder) if journal.done else []
-        rollout.keep_best(folder, model, journal.done, log, held_out)  # a killed run may have missed this
+        rollout.keep_best(folder, model, journal.done, log, held_out)  # where a killed run could not
         for step, prompts in journal.remaining(plan):
             window, facts = write_window(args, judge, prompts, step)
             if held_out and step == 1:
                 facts["valid_before"] = rollout.evaluate(args, judge, held_out)
             loss_options["n_sequences"] = len(prompts) * args.num_cots  # some CoTs are two examples
-            sums = accumulate_gradients(model, window, loss_options, args)
-            norm = ranks.clip(model, args.clip or math.inf)
-            loss, ce, penalty = sums.tolist()
-            measured = {"loss": loss, "ce": ce, "penalty": penalty, "grad_norm": float(norm)}
-            finite = all(map(math.isfinite, measured.values()))
-            if finite:
-                optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            line = {"step": step, "taken": finite, "lr": schedule.get_last_lr()[0], **measured, **facts}
+            line = {"step": step, **take_step(model, window, loss_options, optimiser, args), **facts}
             if held_out and (step % rollout.EVERY == 0 or step == args.steps):
                 line["valid"] = rollout.evaluate(args, judge, held_out)
             log.append(line)
             rollout.say_collapse(log, journal.bar.write)
             journal.end_step(window, line)
             rollout.keep_best(folder, model, step, log, held_out)
-    rollout.check_weights(args, judge, plan[-1])  # which nothing has tried yet, without --valid
+    rollout.check_weights(args, judge, plan[-1])  # without --valid nothing has tried the last ones yet
     return rollout.load_best(folder, model, log)
 
 
 def main() -> None:
-    args = rollout.read_options(__doc__, DEFAULTS, LOSS)
+    args = rollout.read_options(__doc__, DEFAULTS, LOSS)  # LOSS as options, too: shared code reads them there
     started = time.time()
     if torch.distributed.is_torchelastic_launched():
         raise InputError("stage 3 runs in one process: start it with python, not with torchrun")

@@ -48,7 +48,7 @@ def test_an_adapter_is_an_ordinary_one_and_goes_through_the_other_stages(adapter
     lab.run("gen_cot", "--model", adapter, "--data", adapter.parent / "train.jsonl", "--out", cots)
     train = ["stage2_train", "--data", cots, "--epochs", 1, "--keep-unfinished"]
     said = lab.fail(*train, "--model", adapter, "--out", path / "a4")[1]
-    assert "stage 2 starts from the seed model" in said
+    assert "the checkpoint of stage 1; give the seed, or p_s" in said
     # A.4: the adapter itself goes on, so that without a learning rate it stays as it is; or all weights do
     train += ["--model", adapter, "--continue-from-stage1", "--lr", 0]
     lab.run(*train, "--out", path / "a4", "--lora", 4)

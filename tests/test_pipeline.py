@@ -134,7 +134,7 @@ BAD = [
     ("stage1_train", [COTS], ["--model", "qwen3-8b", "--lora", 8, "--full"], "--full: not allowed with argu"),
     ("stage1_train", [COTS], ["--lambda", 0, "--ce-weight", 0], "--lambda 0: then nothing trains the score"),
     ("stage1_train", [COTS], ["--lambda", 0, "--score-ce", "none"], "--lambda 0: then nothing trains the sc"),
-    ("stage2_train", [COTS], ["--continue-from-stage1"], "a model that was not trained here, but stage 2"),
+    ("stage2_train", [COTS], ["--continue-from-stage1"], "a model that was not trained here; give p_s"),
     ("stage2_train", [{"id": "a", "prompt": "p", "cot": "c", "score": 3}], [], "'cots' is missing"),
     ("stage2_train", [COTS | {"prediction": 3.0}], [], "record 'a' is a prediction"),
     (

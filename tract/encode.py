@@ -1,10 +1,10 @@
 """From a record to token ids: score tokens, and which positions carry loss. No torch here.
 
-    prompt ids | CoT ids, suffix ids | score id     | end of sequence      suffix: "So the overall score is"
+    prompt ids | CoT ids, suffix ids | score id     | end of sequence
     no loss    | CE                  | CE, penalty  | CE
 
-Training, generation and scoring all encode through this file, so a CoT is read exactly as it was trained on.
-Chat templates, and text that looks like a control token: text.py.
+The suffix is "So the overall score is". Training, generation and scoring all encode through this file, so a
+CoT is read exactly as it was trained on. Chat templates, and text that looks like a control token: text.py.
 """
 
 from array import array
@@ -14,11 +14,11 @@ from tract.records import Grid, InputError
 from tract.text import encode_prompt, encode_text
 
 
-class Example(NamedTuple):  # one training sequence
+class Example(NamedTuple):  # one training sequence; in stage 3 also a prompt that has no CoT yet
     id: str
     ids: array  # int32; in stage 3's windows a list
     start: int  # tokens from here on carry loss; before are the prompt and, without a CoT, the suffix
-    score_position: int  # index of the score token in `ids`; in stage 3 beyond the end where there is none
+    score_position: int  # index of the score token in `ids`; in stage 3 len(ids) where there is none
     score: float  # the real-valued target of the squared error
     weight: float = 1.0  # of its CE; in stage 3, by how much its CoT did better than its siblings
 
@@ -63,8 +63,8 @@ def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
     """Return the token ids of the suffix, as they follow a CoT, and the token id of each score.
 
     A sample CoT with suffix and score is tokenised: its last token is the score; what precedes that, after
-    the CoT, is the suffix. This works where the space melts into the digit (GPT-2: " 4") and where it is a
-    token of its own (Mistral, Llama-3). Raises InputError where scores do not differ in just that token.
+    the CoT, is the suffix. This works where space and digit are one token (GPT-2: " 4") and where the space
+    is one of its own (Mistral, Llama-3). Raises InputError where scores do not differ in just that token.
     """
     name = tokenizer.name_or_path or "tokenizer"
     if tokenizer.eos_token_id is None:

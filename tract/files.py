@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from tract import hub, runs
-from tract.records import PREDICTED, InputError, read_records
+from tract.records import InputError, read_records, updated
 from tract.runs import Fault
 from tract.text import encode_prompt, thinking_setting
 from tract.writing import GREEDY, Loaded
@@ -146,19 +146,14 @@ class Output:
     def add(self, record: dict, fields: dict) -> None:
         """Add fields to a record of the chunk, unless it was finished before."""
         if record["id"] not in self.lines:
-            # What an earlier judge predicted is not handed on
-            kept = {name: value for name, value in record.items() if name not in PREDICTED}
-            self.lines[record["id"]] = runs.to_line(kept | fields).encode()
+            self.lines[record["id"]] = runs.to_line(updated(record, fields)).encode()
 
     def finish(self) -> list[bytes]:
         """Write run.json, then --out in the order of the data, and print what came out; returns the lines."""
         args = self.args
         lines = [self.lines[record["id"]] for record in self.records]
-        unfinished = []
-        for line in lines:
-            record = json.loads(line)
-            if not all(record["finished"]):
-                unfinished.append(record["id"])
+        rows = map(json.loads, lines)  # one at a time
+        unfinished = [row["id"] for row in rows if not all(row["finished"])]
         facts = {"records": len(lines), "too_long": len(self.too_long), "unfinished": len(unfinished)}
         facts |= {"sequences_at_once": self.at_once, "enable_thinking": self.enable_thinking}
         runs.write_run(self.run_json, args, self.settings, self.started, **facts)

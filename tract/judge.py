@@ -10,7 +10,7 @@ from tract import hub, intervals
 from tract.encode import encode_prefix
 from tract.files import check_writing_options, has_to_sample, longest_prompt
 from tract.options import choose_grid, make_judging_parser
-from tract.records import PREDICTED, InputError, predicted, records_of, significant
+from tract.records import InputError, predicted, records_of, significant, updated
 from tract.text import encode_prompt
 from tract.writing import Cot, Loaded, load_judge, score, write_cots
 
@@ -137,12 +137,8 @@ class Judge:
                 raise InputError(f"record {number}: has {length} tokens, more than {longest}; shorten it")
         if samples_cots:
             cots = write_cots(self.loaded, rows, prompts, args, args.batch_size)
-        judged = []
         predicted_fields = predict_from(self.loaded, cots, args.renormalise, args.intervals)
-        for row, fields in zip(rows, predicted_fields, strict=True):
-            kept = {name: value for name, value in row.items() if name not in PREDICTED}
-            judged.append(kept | fields)
-        return judged
+        return [updated(row, fields) for row, fields in zip(rows, predicted_fields, strict=True)]
 
 
 def refuse(message: str) -> NoReturn:

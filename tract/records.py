@@ -114,6 +114,11 @@ def predicted(
     return prediction, sum(decoded) / len(decoded)
 
 
+def updated(record: dict, fields: dict) -> dict:
+    """Return a record with new fields, without what an earlier judge predicted."""
+    return {name: value for name, value in record.items() if name not in PREDICTED} | fields
+
+
 def significant(number: float) -> float:
     """Round to seven digits, which is what fp32 holds: the files stay readable."""
     return float(f"{number:.7g}")

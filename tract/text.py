@@ -1,7 +1,7 @@
 """Texts as token ids: a prompt in its chat template, and text that can't become a control token."""
 
+import itertools
 import re
-from collections.abc import Iterable
 from functools import cache
 
 from tract.records import InputError
@@ -85,17 +85,11 @@ def control_tokens(tokenizer) -> dict[int, str]:
     return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
-def cut_inside(text: str, tokens: Iterable[str]) -> list[str]:
+def cut_inside(text: str, tokens: set[str]) -> list[str]:
     """Cut after the first character of every one of these tokens: "a<think>b" becomes "a<" and "think>b"."""
-    cuts = {len(text)}
-    for token in tokens:
-        start = text.find(token)
-        while start >= 0:
-            cuts.add(start + 1)
-            start = text.find(token, start + 1)
-    pieces = []
-    start = 0
-    for end in sorted(cuts):
-        pieces.append(text[start:end])
-        start = end
-    return pieces
+    if not tokens:
+        return [text]
+    any_token = "|".join(map(re.escape, tokens))
+    # Looked for ahead, for one token may begin inside another
+    cuts = [match.start() + 1 for match in re.finditer(f"(?={any_token})", text)]
+    return [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]

@@ -93,7 +93,6 @@ class Journal:
             self.valid_label = "held out, on its own CoTs"
         self.trained = (model, optimiser, schedule)
         self.bad_steps = 0  # in a row
-        self.tokens = 0  # trained on since the start of this process
         self.stopping = False
 
     def __enter__(self) -> "Journal":
@@ -101,7 +100,6 @@ class Journal:
         self.log = open(os.devnull if ranks.rank() else self.folder / "log.jsonl", "a", buffering=1)
         label = f"stage {self.args.stage}"
         self.bar = runs.progress(self.n_steps, self.done, label, "step", quiet=ranks.rank() > 0)
-        self.started = time.time()
         self.old_handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -135,7 +133,6 @@ class Journal:
             del line["valid"]
             self.bar.write(f"step {step}: {self.valid_label}: not finite")
         self.log.write(json.dumps(line) + "\n")
-        self.tokens += sum(len(example.ids) for example in window)
         self.bar.update()
         self.bad_steps = 0 if line["taken"] else self.bad_steps + 1
         if not line["taken"]:
@@ -159,9 +156,6 @@ class Journal:
             raise Fault(f"{self.folder}: {what}; try a lower --lr")
         if stopping:
             raise KeyboardInterrupt(f"{self.folder}: stopped after step {step}; the same command goes on")
-
-    def tokens_per_second(self) -> int | None:  # None where no step was left to be taken
-        return round(self.tokens / (time.time() - self.started)) if self.tokens else None
 
 
 def save_state(folder: Path, model, optimiser, schedule, step: int) -> None:

@@ -38,10 +38,7 @@ class Engine:
                 raise InputError(f"{name}: vLLM takes LoRA of rank 512 or less; use --engine torch")
             options = {"enable_lora": True, "max_lora_rank": rooms[0]} | options
             self.adapter = LoRARequest("adapter", 1, hub.place_of(name))
-        defaults = {
-            "dtype": "bfloat16" if bf16 else "float32",
-            "tokenizer": tokenizer.name_or_path,
-        }
+        defaults = {"dtype": "bfloat16" if bf16 else "float32", "tokenizer": tokenizer.name_or_path}
         fp32_head = {"head_dtype": "float32"}  # bf16 would round the logits of the scores
         options = options | {"hf_overrides": fp32_head | options.get("hf_overrides", {})}
         try:
