@@ -35,7 +35,7 @@ from tract.scores import Predictions, facts_of_file, groups_of, keep_common, rea
 KINDS = ("prediction", "decoded")  # CoT-RAIL, and the most likely score
 
 
-# The metrics. p (n,) and y (n,) are predicted and true scores, p no probability; what is undefined is NaN
+# The metrics. p: predicted scores (n,), not probabilities; y: true scores (n,); what is undefined is NaN
 def correlation(coefficient, p: np.ndarray, y: np.ndarray) -> float:
     """Return a correlation coefficient of scipy.stats, NaN where one side is constant."""
     if np.ptp(p) == 0 or np.ptp(y) == 0:
@@ -77,7 +77,7 @@ def length_bias(p: np.ndarray, y: np.ndarray, length: np.ndarray) -> float:
     r_pl = correlation(stats.pearsonr, p, length)
     r_py = correlation(stats.pearsonr, p, y)
     r_ly = correlation(stats.pearsonr, length, y)
-    unexplained = (1 - r_py**2) * (1 - r_ly**2)  # NaN where r_py or r_ly is: so is what is returned
+    unexplained = (1 - r_py**2) * (1 - r_ly**2)  # NaN where r_py or r_ly is; then the result is NaN, too
     if unexplained <= 1e-12:  # the true score explains prediction or length altogether
         return math.nan
     return (r_pl - r_py * r_ly) / math.sqrt(unexplained)
@@ -92,7 +92,7 @@ def ties(p: np.ndarray) -> float:
 
 
 def against_others(rows: list[dict], kind: str | None = None) -> dict | None:
-    """Return r (None where undefined) and RMSE of all ratings, each against the mean of its record's others.
+    """Compare each rating with the mean of its record's others: Pearson's r (None: undefined) and RMSE.
 
     None where no record has several `ratings`. kind: put this prediction (one of KINDS) in the rater's place.
     """
@@ -207,7 +207,7 @@ def compare(
                     entry["difference"][kind][name] = interval(difference)
             # Without interval: a resample holds records twice, which are tied with themselves
             entry[kind]["ties"] = ties(np.array([row[kind] for row in file.rows]))
-        entry["against_others"] = against_others(file.rows, "prediction")  # what the judge does in that place
+        entry["against_others"] = against_others(file.rows, "prediction")  # the judge in a rater's place
         entry["intervals"] = intervals.calibrate(path, file, seed, groups)  # for predict.py --intervals
         report["files"][path] = entry
     return report

@@ -28,17 +28,17 @@ def main() -> None:
     lengths = {id: len(prompt) for id, prompt in prompts.items()}
     output.begin(p_s, records, lengths)  # leaves out what is too long, goes on after records already written
     for chunk in output.chunks():
-        # If memory runs out here, halving() has chunks() yield the records again, fewer at a time
+        # Out of memory? halving() swallows the error, and chunks() yields a smaller chunk of these again
         with output.halving():
             chunk_prompts = [prompts[record["id"]].tolist() for record in chunk]
-            # The random numbers of a CoT depend on --seed, the id of its record and its number there alone
+            # A CoT's random numbers depend only on --seed, its record's id and its number within that record
             chunk_cots = write_cots(p_s, chunk, chunk_prompts, args, output.at_once)
             for record, cots in zip(chunk, chunk_cots, strict=True):
                 # What p_s would give as a score (cot.scores) is dropped; the record keeps its true score
                 fields = {
                     "cots": [cot.text for cot in cots],
                     "finished": [cot.finished for cot in cots],
-                    "suffix": args.grid.suffix.strip(),  # that these CoTs were to end in
+                    "suffix": args.grid.suffix.strip(),  # what ends a CoT; no part of cot.text
                     "grid": str(args.grid),
                 }
                 output.add(record, fields)

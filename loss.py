@@ -65,8 +65,8 @@ def cot_raft_loss(
 
         λ · (Σ_v p(str(v) | x, CoT) · v − y*)²  −  log p([CoT, y*] | x)        the paper's CoT-RAFT objective
 
-    As in the authors' code, the CE is a mean over tokens, the end of sequence among them; with ce_sum=True it
-    is summed, as in the formula.
+    As in the authors' code, the CE is a mean over tokens, the end of sequence among them; ce_sum=True sums
+    it, as the formula does. The score itself has CE by default: so in the formula, not in the authors' code.
 
     logits        (R, V)  at the supervised positions alone; prompt and padding never come here
     targets       (R,)    the token to be predicted at each position
@@ -78,9 +78,9 @@ def cot_raft_loss(
     score_ce      the target of the CE at the score's position (token and two-hot punish off-grid mass):
                   token    the token in `targets`, that of the grid point nearest to y*, as in the formula
                   two-hot  y* split between two tokens: −Σ_v t(v) log p(str(v)) with t = `two_hot`
-                  none     there is no CE, as in the authors' code
+                  none     no CE at this position, as in the authors' code
     score_weight, ce_sum, n_tokens, n_sequences
-                  what the CE (and, by n_sequences, the penalty) is a mean over: see `mean_ce`
+                  what CE and penalty are divided by, and the weight of the score's CE: see `mean_ce`
     weights       (R,)  of the CE at each position: in stage 3 the advantage of its CoT; None: all 1
 
     Worked example: one sequence, V = 4, scores 1 and 5 are the tokens 2 and 3, y* = 5. One CoT token has
@@ -115,7 +115,7 @@ def mean_ce(
     n_tokens: int | None,
     n_sequences: int,
 ) -> Tensor:
-    """Return the CE of a batch: its share of that of the optimiser step, by the divisors below.
+    """Return the CE of a batch: its sum, divided by counts of the whole optimiser step.
 
     nll           (R,)  negative log-likelihoods
     with_scores   False: the score's position has no CE, then score_weight has to be None
@@ -140,8 +140,8 @@ def mean_ce(
 def advantages(rewards: Tensor, kind: str = "leave-one-out") -> Tensor:
     """Return by how much each of K CoTs of a prompt did better than its siblings: (..., K) → (..., K).
 
-    They weigh the gradient of the expected reward r(c) of CoTs c that the model writes itself; r depends
-    on the model, too (arXiv 2603.17145):
+    With A as weights, K CoTs c that the model writes itself estimate the gradient of the expected reward
+    r(c); r depends on the model, too, hence ∇ r (arXiv 2603.17145):
 
         ∇ E[r(c)] = E[r ∇ log p(c | x) + ∇ r]  ≈  1/K Σ_i (A_i ∇ log p(c_i | x) + ∇ r(c_i))
 
@@ -190,7 +190,7 @@ def penalty_of(
 
 
 def two_hot(true_scores: Tensor, score_values: Tensor) -> Tensor:
-    """Split each true score y (inside the grid) between the grid points around it, mean y: (B,) → (B, S).
+    """Split each true score y (inside the grid) over its two neighbours, keeping the mean y: (B,) → (B, S).
 
     Worked example: on the grid 1, 5 a true score of 4 becomes (.25, .75); on the grid 1, 3, 5, (0, .5, .5).
     """

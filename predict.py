@@ -20,14 +20,14 @@ from tract.writing import load_judge, write_cots
 def main() -> None:
     args = make_judging_parser(__doc__).parse_args()
     args.grid = choose_grid(args)  # a Grid: that of --grid, else the one that the judge was trained on
-    args.intervals = intervals.read(args)  # from here on the content of that file; None without one
+    args.intervals = intervals.read(args)  # the path becomes the content of that file; None: not given
     output = Output(args)
     records = read_data(args, needs=NEEDS[args.given])
     judge = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
     samples_cots = has_to_sample(args)  # not with --given, nor with --no-cot
     prompts = encode_prompts(judge.tokenizer, records)  # id → token ids
-    lengths = {id: len(prompt) for id, prompt in prompts.items()}  # tokens that are read: so far the prompt's
-    if not samples_cots:  # all that is read is known by now: prompt, ready CoT and suffix, which are cot.ids
+    lengths = {id: len(prompt) for id, prompt in prompts.items()}  # in tokens; of the prompt alone
+    if not samples_cots:  # nothing is to be written: cot.ids (prompt, CoT and suffix) is all that is read
         for record in records:
             prompt_ids = prompts[record["id"]].tolist()
             cots = ready_cots_of(judge, record, prompt_ids, args.given)
@@ -35,7 +35,7 @@ def main() -> None:
 
     output.begin(judge, records, lengths)
     for chunk in output.chunks():
-        # If memory runs out here, halving() has chunks() yield the records again, fewer at a time
+        # Out of memory? halving() swallows the error, and chunks() yields a smaller chunk of these again
         with output.halving():
             chunk_prompts = [prompts[record["id"]].tolist() for record in chunk]
             if samples_cots:
@@ -45,7 +45,7 @@ def main() -> None:
                 for record, prompt_ids in zip(chunk, chunk_prompts, strict=True):
                     chunk_cots.append(ready_cots_of(judge, record, prompt_ids, args.given))
             # CoT-RAIL: Σ_v p(v) · v after each CoT, then the mean over CoTs. p is that of `rail` (loss.py),
-            # rounded as in the file, so that anyone can compute the prediction from the file
+            # rounded as --out has it, so that anyone can recompute the prediction from that file
             fields_of_records = predict_from(judge, chunk_cots, args.renormalise, args.intervals)
             for record, fields in zip(chunk, fields_of_records, strict=True):
                 output.add(record, fields)

@@ -89,7 +89,7 @@ def collate(examples: list[Example]) -> dict[str, Tensor]:
         "targets": ids.roll(-1, dims=1)[supervised],  # (R,), next tokens; no last position is supervised
         "is_score": is_score[supervised],  # (R,)
         "true_scores": true_scores[supervised],  # (R,)
-        "weights": weights[:, None].expand(shape)[supervised],  # (R,), of the CE: 1, but in stage 3
+        "weights": weights[:, None].expand(shape)[supervised],  # (R,), of the CE: 1 except in stage 3
     }
     return {name: tensor.to(device()) for name, tensor in batch.items()}
 
@@ -107,8 +107,8 @@ def supervised_states(model, batch: dict[str, Tensor], bf16: bool) -> Tensor:
 def loss_in_parts(model, states: Tensor, batch: dict, loss_options: dict, bf16: bool) -> Iterator[Loss]:
     """Yield the loss of a few supervised positions at a time: no more than MAX_LOGITS exist at once.
 
-    loss_options: the arguments of cot_raft_loss but for those of the batch. With the divisors n_tokens and
-    n_sequences among them, the parts add up to the loss of the batch.
+    loss_options: the arguments of cot_raft_loss that `batch` does not hold. If the divisors n_tokens and
+    n_sequences are among them, the parts add up to the loss of the batch.
     """
     size = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
     for start in range(0, len(states), size):
@@ -124,10 +124,10 @@ def loss_in_parts(model, states: Tensor, batch: dict, loss_options: dict, bf16: 
 
 
 def accumulate_gradients(model, window: list[Example], loss_options: dict, args) -> Tensor:
-    """Backpropagate a step's loss, a micro-batch at a time; return this process's share of loss, CE, penalty.
+    """Backpropagate a window (a step's examples) by micro-batches; return this process's loss, CE, penalty.
 
     Losses are divided by the tokens and sequences of the whole window: they add up to the same however it is
-    split into micro-batches.
+    split.
     """
     n_tokens = sum(example.n_supervised for example in window)
     if args.score_ce == "none":  # CE skips each score; in stage 3, with ce_sum, n_tokens divides nothing
@@ -143,7 +143,7 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, args)
         # go through the head a few positions at a time, each of which fills in its rows of cut.grad, and send
         # that through the decoder.
         cut = states.detach().requires_grad_()
-        cut.grad = torch.zeros_like(cut)  # for a micro-batch that supervises nothing (idle under torchrun)
+        cut.grad = torch.zeros_like(cut)  # stays so where nothing is supervised: an idle rank under torchrun
         for part in loss_in_parts(model, cut, batch, loss_options, args.bf16):
             part.total.backward()
             sums += torch.stack([part.total.detach(), part.ce, part.penalty])
@@ -181,7 +181,7 @@ def train(args, model, plan: list[list], held_out: list, loss_options: dict, fol
             if held_out and step % steps_per_epoch == 0:
                 line["valid"] = evaluate(model, held_out, loss_options, args)
             journal.end_step(window, line)
-    # Every loss in the log was computed before its step: nothing has tried the last weights yet
+    # Every loss in the log was computed before its step: without --valid nothing has tried the last weights
     last = evaluate(model, plan[-1], loss_options, args)
     if not math.isfinite(last["ce"]):
         raise Fault(f"{folder}: the last steps spoilt the weights; remove it, and try a lower --lr")

@@ -17,7 +17,7 @@ def main() -> None:
     parser = make_training_parser(__doc__, stage=2, defaults=DEFAULTS)
     add = parser.add_argument_group("stage 2").add_argument
     add("--keep-unfinished", action="store_true", help="also train on CoTs that never reached the suffix")
-    add("--continue-from-stage1", action="store_true", help="start from p_s, as --model (ablation A.4)")
+    add("--continue-from-stage1", action="store_true", help="--model is p_s, not the seed (ablation A.4)")
     args = parser.parse_args()
 
     stage = hub.training_arguments(args.model).get("stage")  # None for a model that was not trained here

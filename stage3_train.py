@@ -2,13 +2,13 @@
 
     python stage3_train.py --model out/run/stage2 --data train.jsonl --valid valid.jsonl --out out/run/stage3
 
-Stage 1's gradients, on windows that the model being trained writes itself: K CoTs for each prompt x. CoT i
-is trained on with the weight A_i, by how much its reward −(ŷ_i − y*)² is above its siblings' (`advantages` in
-loss.py), and the squared error flows through the expected score ŷ_i after it, as ever:
+Stage 1's gradients, on K CoTs that the model being trained writes itself for each prompt x. CoT i is trained
+on with the weight A_i: its reward −(ŷ_i − y*)² less the mean of its siblings' (`advantages` in loss.py). The
+squared error flows through the expected score ŷ_i after it, as ever:
 
     1/K Σ_i (−A_i log p(CoT_i | x) + β (ŷ_i − y*)²)        cot_raft_loss with the weights A, and λ = β
 
-With β = 1 its gradient is an unbiased estimate of that of E[(ŷ − y*)²] over the model's own CoTs. For that
+With β = 1 its gradient is an unbiased estimate of ∇ E[(ŷ − y*)²] over the model's own CoTs. For that
 they have to be drawn from p itself: temperature, top_p and repetition penalty are 1 by default. REAL's reward
 also has a multiple of log p(y* | x, CoT), here left out. Every 10 steps held-out records (--valid) are judged
 on CoTs of the model's own; --out gets the weights with the lowest RMSE there, maybe those before training.
@@ -52,8 +52,8 @@ def examples_of(prompt: Example, cot: Cot, advantage: float) -> list[Example]:
     scored = prompt._replace(ids=[*cot.ids, 0], start=end, score_position=end)
     if cot.ids[start:] == cot.sampled:
         return [scored._replace(start=start, weight=advantage)]
-    # The suffix was forced, or the text is not encoded as it was sampled: what was sampled is an example of
-    # its own, whose score lies beyond its end, where collate supervises nothing
+    # The suffix was forced, or the text is encoded otherwise than it was sampled: what was sampled becomes an
+    # example of its own; its score_position lies beyond its end, where collate supervises nothing
     sampled = [*prompt.ids, *cot.sampled]
     policy = prompt._replace(ids=sampled, start=start, score_position=len(sampled), weight=advantage)
     return [policy, scored]
@@ -76,14 +76,15 @@ def write_window(args, judge: Loaded, prompts: list[Example], step: int) -> tupl
 
 
 def train(args, judge: Loaded, plan: list, held_out: list[Example], folder: Path) -> dict:
-    """Take a step for each window of prompts; leave the best weights in the model. Returns facts on them."""
+    """Take a step for each list of prompts in the plan; leave the best weights in the model, return facts."""
     model = judge.model
     # No schedule is stepped: the learning rate stays what it is, --lr
     optimiser, schedule = training.make_optimiser(model, args, args.steps)
     loss_options = judge.score_tensors | LOSS | {"lam": args.lam}  # λ = β
     with training.Journal(args, folder, model, optimiser, schedule, args.steps) as journal:
         log = curves.read_log(folder) if journal.done else []
-        rollout.keep_best(folder, model, journal.done, log, held_out)  # where a killed run could not
+        # Also here: the earlier run may have been killed just before the call below
+        rollout.keep_best(folder, model, journal.done, log, held_out)
         for step, prompts in journal.remaining(plan):
             window, facts = write_window(args, judge, prompts, step)
             if held_out and step == 1:
@@ -101,7 +102,7 @@ def train(args, judge: Loaded, plan: list, held_out: list[Example], folder: Path
 
 
 def main() -> None:
-    args = rollout.read_options(__doc__, DEFAULTS, LOSS)  # LOSS as options, too: shared code reads them there
+    args = rollout.read_options(__doc__, DEFAULTS, LOSS)  # LOSS goes into args, too, where shared code looks
     started = time.time()
     if torch.distributed.is_torchelastic_launched():
         raise InputError("stage 3 runs in one process: start it with python, not with torchrun")

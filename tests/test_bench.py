@@ -387,7 +387,7 @@ def test_what_is_said_of_the_rows_on_a_cpu_is_kept():
         ("tract-0.02", "token", 0.03, 0.11, "squared error itself {} [.03, .11]"),
         ("tract", "ce-w1", 0.03, 0.09, "and {} [.03, .09], or"),
         ("tract", "two-hot-w1", 0.05, 0.11, "or {} [.05, .11] against a soft target of the same weight."),
-        ("tract", "a2", 0.10, 0.19, "ridge regression (on a CPU {} [.10, .19]);"),
+        ("tract", "a2", 0.10, 0.19, "behind TRACT (on a CPU {} [.10, .19]),"),
         ("a2", "token", 0.09, 0.21, "than from those of p_s, {} [.09, .21] on a CPU."),
     ):
         (ours, true), (theirs, _) = (judged("ists-cpu", f"{name}.test") for name in (row, other))
@@ -493,8 +493,8 @@ def test_controls_and_what_one_rater_reaches_are_counted():
 @pytest.mark.parametrize(
     ("row", "other", "low", "high", "text"),
     [
-        ("swapped", "a1", 0.16, 0.28, "it still gains {0:.2f} [.16, .28] and {1:.2f} [.27, .47];"),
-        ("tract", "swapped", 0.03, 0.10, "the rest, {0:.2f} [.03, .10] and {1:.2f} [.07, .25]."),
+        ("swapped", "a1", 0.16, 0.28, "it still gains {0:.2f} [.16, .28] and {1:.2f} [.27, .47],"),
+        ("tract", "swapped", 0.03, 0.10, "add the rest, {0:.2f} [.03, .10] and {1:.2f} [.07, .25]."),
         ("raft", "ce-no-cot", 0.001, 0.026, "RAFT is {0:.3f} [.001, .026] and {1:.3f} [-.007, .059] ahead"),
         ("ce", "a1", 0.004, 0.113, "alone is {0:.3f} [.004, .113] ahead of A.1 on sentences"),
     ],
@@ -521,6 +521,36 @@ def test_the_differences_to_decide_by_are_counted(monkeypatch, row, other, low, 
     seeds = np.random.default_rng(1).integers(0, 3, (1000, 3))  # of both rows the same
     drawn = np.take_along_axis(apart["ists"][1:], seeds, 1).mean(1)
     assert np.percentile(drawn, [2.5, 97.5]) == pytest.approx([low, high], abs=0.01)
+
+
+def test_what_else_the_conclusions_say_is_counted():
+    page = " ".join((real.SETTINGS.parent / "README.md").read_text("utf-8").split())
+
+    def mean(task: str, row: str, metric: str = "pearson", seeds: tuple = (1, 2, 3)) -> float:
+        return float(np.mean([METRICS[metric](*judged(task, f"{row}.test", seed)) for seed in seeds]))
+
+    def ahead(row: str, other: str, metric: str = "pearson") -> list[float]:
+        return [mean(task, row, metric) - mean(task, other, metric) for task in ("ists", "feedbackqa")]
+
+    gains = []  # of the mean of three judges
+    for task in ("ists", "feedbackqa"):
+        judges = [judged(task, "tract.test", seed) for seed in (1, 2, 3)]
+        together = np.mean([predicted for predicted, _ in judges], axis=0)
+        gains.append(METRICS["pearson"](together, judges[0][1]) - mean(task, "tract"))
+    equal = [mean("ists", "tract", seeds=(1,)) - mean("ists", "a1-4", seeds=(1,))]
+    equal.append(mean("feedbackqa", "tract-2") - mean("feedbackqa", "a1"))
+    for numbers, text in (
+        (ahead("tract", "a1"), "A.1 is {:.2f} and {:.2f} behind TRACT"),
+        (ahead("raft", "a1"), "half its epochs, and {:.2f} and {:.2f} behind RAFT without a CoT."),
+        (equal, "stage 2 is worth {:.2f} (four, one seed) and {:.2f} (two;"),
+        (ahead("raft", "swapped"), "but stays {:.2f} and {:.2f} behind RAFT."),
+        (ahead("ce-no-cot", "raft", "rmse"), "both read by RAIL, in RMSE {:.3f} and {:.3f}."),
+        (ahead("tract", "a2"), "(A.2) is {:.2f} and {:.2f} behind TRACT"),
+        (ahead("a1", "ce", "rmse"), "(in RMSE {:.2f} and {:.2f} ahead)"),
+        (gains, "**three judges** (the seeds) in place of one {:.3f} and {:.3f};"),
+        ([mean("feedbackqa", "raft-2") - mean("feedbackqa", "tract-2")], "{:.2f} behind RAFT of two."),
+    ):
+        assert re.sub(r"\b0\.", ".", text.format(*numbers)) in page, text
 
 
 def train_random(

@@ -16,7 +16,7 @@ from tract.text import encode_prompt, encode_text
 
 class Example(NamedTuple):  # one training sequence; in stage 3 also a prompt that has no CoT yet
     id: str
-    ids: array  # int32; in stage 3's windows a list
+    ids: array  # int32; a list in the examples that stage 3 makes of its CoTs
     start: int  # tokens from here on carry loss; before are the prompt and, without a CoT, the suffix
     score_position: int  # index of the score token in `ids`; in stage 3 len(ids) where there is none
     score: float  # the real-valued target of the squared error
@@ -60,7 +60,7 @@ def encode_prefix(tokenizer, prompt_ids: list[int], cot: str, grid: Grid) -> lis
 
 
 def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
-    """Return the token ids of the suffix, as they follow a CoT, and the token id of each score.
+    """Return (suffix ids, score ids): the token ids of the suffix, as they follow a CoT, and of each score.
 
     A sample CoT with suffix and score is tokenised: its last token is the score; what precedes that, after
     the CoT, is the suffix. This works where space and digit are one token (GPT-2: " 4") and where the space
