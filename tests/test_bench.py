@@ -300,7 +300,7 @@ def test_committed_tables_of_people_s_scores_come_from_the_committed_predictions
                 found = [METRICS[name](predicted, kept[1]) for name in METRICS_SHOWN]
                 assert np.nan_to_num(found) == pytest.approx(numbers)  # r of a constant counts as 0
                 real.check_pack(f"{committed}/{task}/{seed}", settings[task], {f"tract.{test}": num_cots})
-    for task, n in (("ists", 17), ("feedbackqa", 5)):
+    for task, n in (("ists", 17), ("feedbackqa", 5), ("ists-cpu", 4)):
         kept = ablations.packed(f"{committed}/{task}/tried")  # on validation records
         own = {name: probs for name, probs in kept.items() if probs.ndim == 3 and "annotated" not in name}
         assert len(own) == n
@@ -373,24 +373,31 @@ def test_what_is_said_of_the_rows_on_a_cpu_is_kept():
     assert (text + " {}, {} and {} where it weighs its CoT").format(*late) in page
     cells = json.loads((committed / "ists-cpu.json").read_text("utf-8"))["cells"]
     r = {c["row"]: c["pearson"]["mean"] for c in cells if (c["test"], c["reading"]) == ("test", "rail")}
-    rows = ("token", "tract-0.02", "ce-w1", "tract", "raft")
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    text = "CE reaches {}, squared error {}; as heavy as its CoT, {} (`--score-weight 1`) and {} (TRACT);"
-    assert (text + " RAFT {}.").format(*(f"{r[row]:.2f}".removeprefix("0") for row in rows)) in readme
-    rows = ("token", "ce-w1", "tract-0.02", "tract", "two-hot-w1")
-    text = "| CE | {} | {} (`--score-weight 1`) | | CE and squared error | {} (`--lambda 0.02`) |"
-    text += " {} (TRACT) | | two-hot CE | | {} |"
+    for row in ("ce-w1", "tract"):
+        r[f"{row}, 3e-4"] = METRICS["pearson"](*judged("ists-cpu", f"{row}.3e-4"))
+        rmse = METRICS["rmse"](*judged("ists-cpu", f"{row}.3e-4"))
+        found = f"{r[f'{row}, 3e-4']:.3f} | {rmse:.3f} | {np.mean(errors[f'{row}.3e-4'][-100:]):.2f} |"
+        assert found.replace("0.", ".") in (committed / "tried.md").read_text("utf-8")
+    rows = ("token", "tract-0.02", "ce-w1", "tract", "ce-w1, 3e-4", "tract, 3e-4", "raft")
+    text = "CE reaches {}, squared error {}; as heavy as its CoT, {} (`--score-weight 1`) and {} (TRACT), at"
+    text += " lr 3e-4 {} and {}; RAFT {}."
+    assert text.format(*(f"{r[row]:.2f}".removeprefix("0") for row in rows)) in readme
+    rows = ("token", "ce-w1", "ce-w1, 3e-4", "tract-0.02", "tract", "tract, 3e-4", "two-hot-w1")
+    text = "| CE | {} | {} (`--score-weight 1`) | {} | | CE and squared error | {} (`--lambda 0.02`) |"
+    text += " {} (TRACT) | {} | | two-hot CE | | {} |"
     assert text.format(*(f"{r[row]:.3f}".removeprefix("0") for row in rows)) in page
     for row, other, low, high, text in (
         ("ce-w1", "token", 0.18, 0.29, "as much as its CoT is worth {} [.18, .29] with CE"),
-        ("tract", "tract-0.02", 0.17, 0.27, "and {} [.17, .27] with the squared error,"),
-        ("tract-0.02", "token", 0.03, 0.11, "squared error itself {} [.03, .11]"),
-        ("tract", "ce-w1", 0.03, 0.09, "and {} [.03, .09], or"),
-        ("tract", "two-hot-w1", 0.05, 0.11, "or {} [.05, .11] against a soft target of the same weight."),
+        ("tract", "tract-0.02", 0.17, 0.27, "and {} [.17, .27] with the squared error."),
+        ("tract", "ce-w1", 0.03, 0.09, "no better: {} [.03, .09] ahead at a learning rate of 1e-4"),
+        ("ce-w1, 3e-4", "tract, 3e-4", 0.00, 0.06, "{} [.00, .06] behind at 3e-4"),
+        ("tract", "two-hot-w1", 0.05, 0.11, "({} [.05, .11] of two-hot CE)"),
         ("tract", "a2", 0.10, 0.19, "behind TRACT (on a CPU {} [.10, .19]),"),
         ("a2", "token", 0.09, 0.21, "than from those of p_s, {} [.09, .21] on a CPU."),
     ):
-        (ours, true), (theirs, _) = (judged("ists-cpu", f"{name}.test") for name in (row, other))
+        names = [f"{name}.test".replace(", 3e-4.test", ".3e-4") for name in (row, other)]
+        (ours, true), (theirs, _) = (judged("ists-cpu", name) for name in names)
         picks = np.random.default_rng(0).integers(0, len(true), (1000, len(true)))
         apart = [np.subtract(*np.corrcoef([true[i], ours[i], theirs[i]])[0, 1:]) for i in picks]
         assert np.percentile(apart, [2.5, 97.5]) == pytest.approx([low, high], abs=0.01), row
