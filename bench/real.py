@@ -45,14 +45,11 @@ def deciding(settings: dict) -> str:
     return json.dumps({name: value for name, value in settings.items() if name not in ("tests", "group")})
 
 
-def check_pack(folder: str, settings: dict, num_cots: dict[str, int]) -> None:
-    """Refuse a FOLDER.npz of other settings, or of other numbers of CoTs (by ROW.TEST). Raises InputError."""
+def check_pack(folder: str, settings: dict) -> None:
+    """Refuse a FOLDER.npz of other settings. Raises InputError."""
     kept = ablations.packed(folder)
     if kept and str(kept["settings"]) != deciding(settings):
         raise InputError(f"{folder}.npz: was made with settings {kept['settings']}; choose another --out")
-    for name, number in num_cots.items():
-        if name in kept and kept[name].shape[1] != number:
-            raise InputError(f"{folder}.npz: {name} has {kept[name].shape[1]} CoTs a record; see --num-cots")
 
 
 def pack(folder: str, names: list[str], settings: dict) -> None:
@@ -134,7 +131,6 @@ def main() -> None:
     settings = runs.read_json(SETTINGS)
     parser = ablations.make_parser(__doc__, ROWS, "out/real")
     parser.add_argument("task", choices=settings["tasks"])
-    parser.add_argument("--num-cots", type=int, choices=(1, 5), default=5, help="CoTs a test record")
     parser.set_defaults(seeds=[1, 2, 3])
     args = parser.parse_args()
     if not find_spec("sklearn"):  # which the ridge regression needs, after hours
@@ -144,11 +140,10 @@ def main() -> None:
     data = args.out / task.get("records", args.task)
     args.out = args.out / args.task
     files = task.get("tests", ["test"]) if args.split == "test" else [args.split]
-    num_cots = {"a1": args.num_cots, "tract": args.num_cots}
+    num_cots = dict.fromkeys(("a1", "tract"), task.get("num-cots", 5))  # a test record; of other rows one
     tests = ablations.tests_of(args.rows, files, str(data), num_cots)
-    kept_cots = {} if args.measured else {f"{row}.{files[0]}": number for row, number in num_cots.items()}
     for seed in args.seeds:
-        check_pack(f"{args.out}/seed{seed}", task, kept_cots)
+        check_pack(f"{args.out}/seed{seed}", task)
     folders = ablations.predict(args, tests, setup_of(task, str(data)))
     if args.split == "test":
         for folder in folders:
