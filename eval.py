@@ -35,7 +35,7 @@ from tract.scores import Predictions, facts_of_file, groups_of, keep_common, rea
 KINDS = ("prediction", "decoded")  # CoT-RAIL, and the most likely score
 
 
-# The metrics. p: predicted scores (n,), not probabilities; y: true scores (n,); what is undefined is NaN
+# The metrics. p: predicted scores (n,), not probabilities; y: true scores (n,); undefined: NaN (ties: 0)
 def correlation(coefficient, p: np.ndarray, y: np.ndarray) -> float:
     """Return a correlation coefficient of scipy.stats, NaN where one side is constant."""
     if np.ptp(p) == 0 or np.ptp(y) == 0:
@@ -44,7 +44,7 @@ def correlation(coefficient, p: np.ndarray, y: np.ndarray) -> float:
 
 
 def spread(p: np.ndarray, y: np.ndarray) -> float:
-    """Return std(p) / std(y): below 1 where a judge keeps to the middle of the scale."""
+    """Return std(p) / std(y): below 1 where predictions vary less than true scores."""
     return float(np.std(p) / np.std(y)) if np.ptp(y) else math.nan
 
 
@@ -94,7 +94,7 @@ def ties(p: np.ndarray) -> float:
 def against_others(rows: list[dict], kind: str | None = None) -> dict | None:
     """Compare each rating with the mean of its record's others: Pearson's r (None: undefined) and RMSE.
 
-    None where no record has several `ratings`. kind: put this prediction (one of KINDS) in the rater's place.
+    None where no record has several `ratings`. kind: put this score (one of KINDS) in the rater's place.
     """
     scores = []
     means_of_others = []
@@ -192,7 +192,7 @@ def compare(
     for path, file in common.items():
         samples[path] = {}
         for kind in KINDS:
-            picks = draw_resamples(groups, resamples, seed)  # the same for all: so differences are paired
+            picks = draw_resamples(groups, resamples, seed)  # each time the same: so differences are paired
             samples[path][kind] = bootstrap(file, kind, picks)
     for path, file in common.items():
         entry = facts_of_file(path, files[path], file)  # records, those left out and why, unfinished CoTs
@@ -208,7 +208,8 @@ def compare(
             # Without interval: a resample holds records twice, which are tied with themselves
             entry[kind]["ties"] = ties(np.array([row[kind] for row in file.rows]))
         entry["against_others"] = against_others(file.rows, "prediction")  # the judge in a rater's place
-        entry["intervals"] = intervals.calibrate(path, file, seed, groups)  # for predict.py --intervals
+        # How far single predictions may be off, for predict.py --intervals
+        entry["intervals"] = intervals.calibrate(path, file, seed, groups)
         report["files"][path] = entry
     return report
 

@@ -28,10 +28,10 @@ def main() -> None:
     lengths = {id: len(prompt) for id, prompt in prompts.items()}
     output.begin(p_s, records, lengths)  # leaves out what is too long, goes on after records already written
     for chunk in output.chunks():
-        # Out of memory? halving() swallows the error, and chunks() yields a smaller chunk of these again
+        # Out of memory? halving() swallows the error, and chunks() yields the same again, fewer at a time
         with output.halving():
             chunk_prompts = [prompts[record["id"]].tolist() for record in chunk]
-            # A CoT's random numbers depend only on --seed, its record's id and its number within that record
+            # A CoT's random numbers depend only on args.seed, its record's id and its number in the record
             chunk_cots = write_cots(p_s, chunk, chunk_prompts, args, output.at_once)
             for record, cots in zip(chunk, chunk_cots, strict=True):
                 # What p_s would give as a score (cot.scores) is dropped; the record keeps its true score

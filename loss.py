@@ -20,7 +20,7 @@ class Rail(NamedTuple):
 def rail(logits: Tensor, *, score_ids: Tensor, score_values: Tensor) -> Rail:
     """Return the regression-aware prediction (RAIL): the expected score under the next-token distribution.
 
-        ŷ = Σ_v p(str(v) | x, CoT) · v        the paper's RAIL; with a sampled CoT, CoT-RAIL
+        ŷ = Σ_v p(str(v) | x, CoT) · v        the paper's CoT-RAIL; without the CoT, RAIL
 
     logits        (..., V)  at the position that predicts the score, any float type
     score_ids     (S,)      token ids of the score grid
@@ -39,7 +39,7 @@ def rail(logits: Tensor, *, score_ids: Tensor, score_values: Tensor) -> Rail:
 
 class Loss(NamedTuple):
     total: Tensor  # ce_weight · ce + lam · penalty, with gradient
-    ce: Tensor  # mean cross-entropy per token (with ce_sum per sequence), times `weights`; detached
+    ce: Tensor  # weighted mean cross-entropy per token (with ce_sum per sequence), detached
     penalty: Tensor  # mean penalty per sequence, by default the squared error, detached
 
 
@@ -66,9 +66,9 @@ def cot_raft_loss(
         λ · (Σ_v p(str(v) | x, CoT) · v − y*)²  −  log p([CoT, y*] | x)        the paper's CoT-RAFT objective
 
     As in the authors' code, the CE is a mean over tokens, the end of sequence among them; ce_sum=True sums
-    it, as the formula does. The score itself has CE by default: so in the formula, not in the authors' code.
+    it, as the formula does. By default the score has CE, too, as in the formula, unlike in that code.
 
-    logits        (R, V)  at the supervised positions alone; prompt and padding never come here
+    logits        (R, V)  at the supervised positions alone, each of which predicts a token of CoT or score
     targets       (R,)    the token to be predicted at each position
     is_score      (R,)    bool, True at the B positions that predict a score
     true_scores   (R,)    y*, real-valued, at these positions; what it holds at the others does not matter
@@ -126,7 +126,7 @@ def mean_ce(
                   True: summed over each sequence, as in the formula, then a mean over sequences
     n_tokens, n_sequences
                   tokens with CE and sequences of the whole optimiser step. Sums are divided by these, so that
-                  the losses of its batches add up to that of the step. By default this batch is counted
+                  the losses of its batches add up to that of the step. n_tokens None: this batch's
     """
     counted = nll if with_scores else nll[~is_score]
     if n_tokens is None:
@@ -140,8 +140,8 @@ def mean_ce(
 def advantages(rewards: Tensor, kind: str = "leave-one-out") -> Tensor:
     """Return by how much each of K CoTs of a prompt did better than its siblings: (..., K) → (..., K).
 
-    With A as weights, K CoTs c that the model writes itself estimate the gradient of the expected reward
-    r(c); r depends on the model, too, hence ∇ r (arXiv 2603.17145):
+    K CoTs c of the model's own, weighted by A, estimate the gradient of the expected reward r(c). The model
+    decides r(c), too, for it scores after c: that is the term ∇ r (arXiv 2603.17145):
 
         ∇ E[r(c)] = E[r ∇ log p(c | x) + ∇ r]  ≈  1/K Σ_i (A_i ∇ log p(c_i | x) + ∇ r(c_i))
 
@@ -162,9 +162,9 @@ def advantages(rewards: Tensor, kind: str = "leave-one-out") -> Tensor:
 def penalty_of(
     kind: str, logits: Tensor, true_scores: Tensor, score_ids: Tensor, score_values: Tensor
 ) -> Tensor:
-    """Return what λ weighs, (B,): how far each score distribution is from its true score y.
+    """Return what λ weighs, (B,): how far each score distribution is from its true score y (B,).
 
-    Where raters disagree on y, the penalties prefer different p:
+    Where like records have different scores y, as raters disagree, each penalty prefers another p:
 
     squared  (Σ_v p(v) · v − y)², RAFT's. Least where the expected score is the mean of y. Mass off the grid
              counts as a score of 0.
@@ -195,7 +195,7 @@ def two_hot(true_scores: Tensor, score_values: Tensor) -> Tensor:
     Worked example: on the grid 1, 5 a true score of 4 becomes (.25, .75); on the grid 1, 3, 5, (0, .5, .5).
     """
     score_values = score_values.to(true_scores.dtype)
-    # The neighbour on the right: the first grid point ≥ y, but not the very first, which has none on its left
+    # The right neighbour is the first grid point ≥ y; its index is at least 1, for it needs a left one
     right = torch.searchsorted(score_values, true_scores).clamp(1, len(score_values) - 1)  # (B,)
     left = right - 1
     gap = score_values[right] - score_values[left]

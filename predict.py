@@ -3,8 +3,8 @@
     python predict.py --model out/run/stage2 --data test.jsonl --out out/run/predictions.jsonl
 
 Works with any checkpoint or hub model, the untrained seed included; records need no score. --num-cots N takes
-the mean over N CoTs, --no-cot reads the score after the prompt (plain RAIL), --given takes the records' CoTs,
---renormalise divides by the mass on the grid, --intervals adds how far a score can be trusted.
+the mean over N CoTs, --no-cot reads the score after prompt and suffix (plain RAIL), --given takes the CoTs
+of the records, --renormalise divides by the mass on the grid, --intervals adds how far to trust a score.
 """
 
 import json
@@ -22,12 +22,12 @@ def main() -> None:
     args.grid = choose_grid(args)  # a Grid: that of --grid, else the one that the judge was trained on
     args.intervals = intervals.read(args)  # the path becomes the content of that file; None: not given
     output = Output(args)
-    records = read_data(args, needs=NEEDS[args.given])
+    records = read_data(args, needs=NEEDS[args.given])  # with --given, also CoTs
     judge = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
     samples_cots = has_to_sample(args)  # not with --given, nor with --no-cot
     prompts = encode_prompts(judge.tokenizer, records)  # id → token ids
     lengths = {id: len(prompt) for id, prompt in prompts.items()}  # in tokens; of the prompt alone
-    if not samples_cots:  # nothing is to be written: cot.ids (prompt, CoT and suffix) is all that is read
+    if not samples_cots:  # the model will read cot.ids: prompt, a CoT that is there (or none) and suffix
         for record in records:
             prompt_ids = prompts[record["id"]].tolist()
             cots = ready_cots_of(judge, record, prompt_ids, args.given)
@@ -35,7 +35,7 @@ def main() -> None:
 
     output.begin(judge, records, lengths)
     for chunk in output.chunks():
-        # Out of memory? halving() swallows the error, and chunks() yields a smaller chunk of these again
+        # Out of memory? halving() swallows the error, and chunks() yields the same again, fewer at a time
         with output.halving():
             chunk_prompts = [prompts[record["id"]].tolist() for record in chunk]
             if samples_cots:
@@ -44,8 +44,8 @@ def main() -> None:
                 chunk_cots = []
                 for record, prompt_ids in zip(chunk, chunk_prompts, strict=True):
                     chunk_cots.append(ready_cots_of(judge, record, prompt_ids, args.given))
-            # CoT-RAIL: Σ_v p(v) · v after each CoT, then the mean over CoTs. p is that of `rail` (loss.py),
-            # rounded as --out has it, so that anyone can recompute the prediction from that file
+            # CoT-RAIL (tract/judge.py): Σ_v p(v) · v after each CoT, then the mean over CoTs. p is that of
+            # `rail` (loss.py), rounded as --out has it, so that anyone can recompute the prediction
             fields_of_records = predict_from(judge, chunk_cots, args.renormalise, args.intervals)
             for record, fields in zip(chunk, fields_of_records, strict=True):
                 output.add(record, fields)

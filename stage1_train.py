@@ -1,6 +1,6 @@
 """Stage 1: fine-tune the seed model on annotated CoTs with the CoT-RAFT loss → p_s. Owns the training loop.
 
-    python stage1_train.py                                   # the embedded task, a minute on a laptop CPU
+    python stage1_train.py                                   # the task in data/tiny, a minute on a laptop CPU
     python stage1_train.py --model mistral-7b                # Mistral-7B-Instruct-v0.2 on Feedback Collection
     python stage1_train.py --model SEED --data train.jsonl --valid valid.jsonl --out out/run/stage1
 
@@ -97,7 +97,7 @@ def collate(examples: list[Example]) -> dict[str, Tensor]:
 def supervised_states(model, batch: dict[str, Tensor], bf16: bool) -> Tensor:
     """Return the decoder's last hidden states at the supervised positions, (R, D).
 
-    The head, which makes logits of them, never sees prompt or padding.
+    The head, which makes logits of them, sees these positions alone.
     """
     with autocast(bf16):
         decoded = model.get_decoder()(input_ids=batch["ids"], use_cache=False)
@@ -108,12 +108,12 @@ def loss_in_parts(model, states: Tensor, batch: dict, loss_options: dict, bf16: 
     """Yield the loss of a few supervised positions at a time: no more than MAX_LOGITS exist at once.
 
     loss_options: the arguments of cot_raft_loss that `batch` does not hold. If the divisors n_tokens and
-    n_sequences are among them, the parts add up to the loss of the batch.
+    n_sequences of a step are among them, the parts add up to the batch's share of its loss.
     """
     size = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
     for start in range(0, len(states), size):
         positions = slice(start, start + size)
-        # The labels of these positions, (r,) each: all of the batch but the two that the decoder used
+        # The labels of these positions, (r,) each: all of the batch but what made the states
         labels = {name: x[positions] for name, x in batch.items() if name not in ("ids", "supervised")}
         with autocast(bf16):
             # (r, V); those of the score tokens are computed in fp32, for bf16 would blur their distribution
@@ -130,7 +130,7 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, args)
     split.
     """
     n_tokens = sum(example.n_supervised for example in window)
-    if args.score_ce == "none":  # CE skips each score; in stage 3, with ce_sum, n_tokens divides nothing
+    if args.score_ce == "none":  # each sequence has one token without CE (stage 3 divides by no n_tokens)
         n_tokens -= len(window)
     divisors = {"n_tokens": n_tokens, "n_sequences": len(window)}
     loss_options = divisors | loss_options  # the right side wins: stage 3 brings its own n_sequences
@@ -140,10 +140,10 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, args)
         states = supervised_states(model, batch, args.bf16)  # (R, D)
         # In short: cot_raft_loss(next_token_logits(model, states, score_ids), ...).total.backward()
         # But then R × V logits exist at once, which is gigabytes. So cut the graph between decoder and head,
-        # go through the head a few positions at a time, each of which fills in its rows of cut.grad, and send
-        # that through the decoder.
+        # and go through the head part by part. Each part fills in its rows of cut.grad, the gradient that
+        # then goes through the decoder.
         cut = states.detach().requires_grad_()
-        cut.grad = torch.zeros_like(cut)  # stays so where nothing is supervised: an idle rank under torchrun
+        cut.grad = torch.zeros_like(cut)  # stays so where no position carries loss: torchrun, an idle process
         for part in loss_in_parts(model, cut, batch, loss_options, args.bf16):
             part.total.backward()
             sums += torch.stack([part.total.detach(), part.ce, part.penalty])
@@ -160,7 +160,7 @@ def take_step(model, window: list[Example], loss_options: dict, optimiser, args)
     loss, ce, penalty = sums.tolist()
     measured = {"loss": loss, "ce": ce, "penalty": penalty, "grad_norm": float(norm)}
     finite = all(map(math.isfinite, measured.values()))
-    if finite:  # one bad step would spoil all weights; after many in a row, end_step gives up
+    if finite:  # one bad step would spoil all weights; after many in a row, the journal gives up
         optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return {"taken": finite, "lr": optimiser.param_groups[0]["lr"], **measured}
@@ -211,9 +211,8 @@ def evaluate(model, examples: list[Example], loss_options: dict, args) -> dict:
 def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]]) -> None:
     """Train args.model on every (record, CoT) pair of args.data; write the checkpoint to args.out.
 
-    need: fields that every record must have. cots_of(record): the CoTs to train on; with args.no_cot, "" is
-    used instead.
-    Raises InputError or Fault.
+    need: fields that every record must have. cots_of(record): the CoTs to train on; not called with
+    stage 1's --no-cot. Raises InputError or Fault.
     """
     started = time.time()
     ranks.join()
@@ -234,7 +233,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     folder, settings, _lock = training.begin(args)  # OUT.part; the lock is held until the end
     torch.manual_seed(args.seed)
     checkpointing = args.gradient_checkpointing
-    # Seed model → p_s (stage 1) or p_tract (stage 2)
+    # The seed, with A.4 p_s; `train` makes p_s of it (stage 1) or p_tract (stage 2)
     model = models.load_for_training(args.model, args.lora, checkpointing, args.bf16, args.four_bit)
     if args.fsdp:
         ranks.spread(model)

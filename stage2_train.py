@@ -27,7 +27,7 @@ def main() -> None:
     if stage is not None and not args.continue_from_stage1:
         raise InputError(f"{args.model}: {found}; give the seed, or p_s with --continue-from-stage1 (A.4)")
     grid_was_given = args.grid is not None
-    args.grid = choose_grid(args)  # that of --grid, else 1 to 5; with A.4, that of p_s
+    args.grid = choose_grid(args)  # that of --grid, else that of p_s (A.4), else 1 to 5
     shortened = []  # ids of records that lost a CoT; cots_of fills it while run_stage reads the data
 
     def cots_of(record: dict) -> list[str]:
@@ -35,7 +35,7 @@ def main() -> None:
         if "prediction" in record:  # a file of predict.py, which has the same fields
             raise InputError(f"record {record['id']!r} is a prediction; make training data with gen_cot.py")
         written_for = record.get("grid", str(args.grid))  # not every file says it
-        if written_for != str(args.grid) and not grid_was_given:
+        if written_for != str(args.grid) and not grid_was_given:  # a --grid that was given wins
             what = f"its CoT was written for the scores {written_for}, not {args.grid}"
             raise InputError(f"record {record['id']!r}: {what}; give --grid {written_for}")
         cots = []

@@ -2,16 +2,17 @@
 
     python stage3_train.py --model out/run/stage2 --data train.jsonl --valid valid.jsonl --out out/run/stage3
 
-Stage 1's gradients, on K CoTs that the model being trained writes itself for each prompt x. CoT i is trained
-on with the weight A_i: its reward −(ŷ_i − y*)² less the mean of its siblings' (`advantages` in loss.py). The
+It takes stage 1's steps, on K CoTs that the model in training writes itself for each prompt x. The CE of CoT
+i is weighted by A_i: its reward −(ŷ_i − y*)² less the mean of its siblings' (`advantages` in loss.py). The
 squared error flows through the expected score ŷ_i after it, as ever:
 
     1/K Σ_i (−A_i log p(CoT_i | x) + β (ŷ_i − y*)²)        cot_raft_loss with the weights A, and λ = β
 
-With β = 1 its gradient is an unbiased estimate of ∇ E[(ŷ − y*)²] over the model's own CoTs. For that
-they have to be drawn from p itself: temperature, top_p and repetition penalty are 1 by default. REAL's reward
-also has a multiple of log p(y* | x, CoT), here left out. Every 10 steps held-out records (--valid) are judged
-on CoTs of the model's own; --out gets the weights with the lowest RMSE there, maybe those before training.
+With β = 1 and the default --reward and --advantage, its gradient is an unbiased estimate of ∇ E[(ŷ − y*)²]
+over the model's own CoTs. For that they have to be drawn from p itself: temperature, top_p and repetition
+penalty are 1 by default. REAL's reward also has a multiple of log p(y* | x, CoT), here left out. Every 10
+steps held-out records (--valid) are judged on CoTs of the model's own; --out gets the weights with the lowest
+RMSE there, maybe those before training.
 """
 
 import time
@@ -36,7 +37,7 @@ LOSS = {"ce_sum": True, "score_ce": "none", "penalty": "squared", "ce_weight": 1
 
 def rewards_of(args, step: int, prompt: Example, cots: list[Cot]) -> torch.Tensor:
     """Return what each CoT of a prompt has earned, (K,)."""
-    if args.reward == "random":  # a control: its policy term teaches nothing
+    if args.reward == "random":  # a control: to reinforce CoTs at random teaches nothing
         return random_numbers(f"{args.seed}/{step}/{prompt.id}/reward", len(cots))
     if args.reward == "exact":
         likeliest = torch.tensor([cot.scores.probs for cot in cots]).argmax(-1)
@@ -78,12 +79,12 @@ def write_window(args, judge: Loaded, prompts: list[Example], step: int) -> tupl
 def train(args, judge: Loaded, plan: list, held_out: list[Example], folder: Path) -> dict:
     """Take a step for each list of prompts in the plan; leave the best weights in the model, return facts."""
     model = judge.model
-    # No schedule is stepped: the learning rate stays what it is, --lr
+    # No schedule is stepped, and warmup is 0 (rollout.py): the learning rate stays --lr
     optimiser, schedule = training.make_optimiser(model, args, args.steps)
     loss_options = judge.score_tensors | LOSS | {"lam": args.lam}  # λ = β
     with training.Journal(args, folder, model, optimiser, schedule, args.steps) as journal:
         log = curves.read_log(folder) if journal.done else []
-        # Also here: the earlier run may have been killed just before the call below
+        # Before training; or the earlier run was killed just before the call below
         rollout.keep_best(folder, model, journal.done, log, held_out)
         for step, prompts in journal.remaining(plan):
             window, facts = write_window(args, judge, prompts, step)

@@ -74,6 +74,8 @@ def test_which_tokens_are_scores(mistral_tokenizer, tiny_tokenizer, gpt2_tokeniz
         message = "{!r} and {!r} do not differ in exactly one token .* --grid 1,2,3,4,5,6,7,8,9,0=10"
         with pytest.raises(InputError, match=message.format(*grid.tokens)):
             score_tokens(tokenizer, grid)
+    with pytest.raises(InputError, match="its tokenizer does not know the suffix"):
+        score_tokens(tiny_tokenizer, Grid.parse("1,2,3,4,5", "So the zymurgy is"))
     with pytest.raises(InputError, match="record 'a': its score became token 28781"):
         encode(mistral_tokenizer, {"id": "a", "prompt": "p", "cot": "c", "score": 4}, GRID, [9] * 5)
     endless = copy.deepcopy(gpt2_tokenizer)

@@ -3,8 +3,9 @@
     prompt ids | CoT ids, suffix ids | score id     | end of sequence
     no loss    | CE                  | CE, penalty  | CE
 
-The suffix is "So the overall score is". Training, generation and scoring all encode through this file, so a
-CoT is read exactly as it was trained on. Chat templates, and text that looks like a control token: text.py.
+The suffix is " So the overall score is ", spaces included. Training, writing and scoring all encode through
+this file, so a CoT is read exactly as it was trained on. Chat templates, and text that looks like a control
+token: text.py.
 """
 
 from array import array
@@ -36,7 +37,7 @@ def encode(tokenizer, record: dict, grid: Grid, score_ids: list[int], no_cot: bo
     nearest = grid.nearest(record["score"])  # index of the grid point whose token stands in the text
     cot = "" if no_cot else record["cot"]
     target = encode_target(tokenizer, cot, grid.tokens[nearest], grid.suffix)
-    if target[-1] != score_ids[nearest]:
+    if target[-1] != score_ids[nearest]:  # a few tokenizers split a text otherwise after another beginning
         raise InputError(f"record {record['id']!r}: its score became token {target[-1]}; change its cot")
     ids = array("i", [*prompt_ids, *target, tokenizer.eos_token_id])
     score_position = len(ids) - 2
@@ -62,8 +63,8 @@ def encode_prefix(tokenizer, prompt_ids: list[int], cot: str, grid: Grid) -> lis
 def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
     """Return (suffix ids, score ids): the token ids of the suffix, as they follow a CoT, and of each score.
 
-    A sample CoT with suffix and score is tokenised: its last token is the score; what precedes that, after
-    the CoT, is the suffix. This works where space and digit are one token (GPT-2: " 4") and where the space
+    A sample CoT with suffix and score is tokenised: its last token is the score; what lies between CoT
+    and score is the suffix. This works where space and digit are one token (GPT-2: " 4") and where the space
     is one of its own (Mistral, Llama-3). Raises InputError where scores do not differ in just that token.
     """
     name = tokenizer.name_or_path or "tokenizer"
@@ -82,12 +83,13 @@ def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
             remedy = "name each by one: --grid 1,2,3,4,5,6,7,8,9,0=10 for 1 to 10, or letters, A=1,B=2,C=3"
             raise InputError(f"{what} ({first[-3:]}, {ids[-3:]}); {remedy}")
         score_ids.append(ids[-1])
-    if len(first) < 2:  # the score alone: neither CoT nor suffix left a token
-        raise InputError(f"{name}: its tokenizer knows no word of the suffix; is it the model's own?")
     cot_ids = encode_text(tokenizer, cot)
-    # Skip what `first` shares with the CoT alone. Where the suffix has changed the CoT's last token, that
+    # Skip the start that `first` shares with cot_ids. Where the suffix has changed the CoT's last token, that
     # token counts as suffix
     n_shared = 0
     while n_shared < len(cot_ids) and cot_ids[n_shared] == first[n_shared]:
         n_shared += 1
-    return first[n_shared:-1], score_ids
+    suffix_ids = first[n_shared:-1]
+    if not suffix_ids or tokenizer.unk_token_id in suffix_ids:  # then no CoT could be seen to reach it
+        raise InputError(f"{name}: its tokenizer does not know the suffix; is it the model's own?")
+    return suffix_ids, score_ids
