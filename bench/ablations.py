@@ -5,7 +5,8 @@
 
 A row is a chain of commands that a user could give. Rows share what they have in common: the same p_s, the
 same CoTs. A seed draws training records of its own and seeds training and sampling; the test records are the
-same for all. OUT/metrics.json sums up. Interrupted, the same command goes on.
+same for all. OUT/metrics.json (of --split valid: metrics-valid.json) sums up. Interrupted, the same
+command goes on.
 """
 
 import argparse
@@ -37,9 +38,14 @@ from tract.records import ROOT, InputError, read_records
 from tract.scores import grid_of
 from tract.settings import CODE
 
+FEW = "--epochs 8"  # 300 records: twice the epochs, two fifths of the steps
 # What a step makes → its command. @NAME is where NAME lies; `commands_of` adds the settings, --seed and --out
 STEPS = {
     "train.jsonl": "data/tiny/prepare.py --splits train",
+    "train_real.jsonl": "data/tiny/prepare.py --splits train --targets real",
+    "train_rounded.jsonl": "data/tiny/prepare.py --splits train --targets rounded",
+    "few/train.jsonl": "data/tiny/prepare.py --splits train --size 300",
+    "few/train_real.jsonl": "data/tiny/prepare.py --splits train --size 300 --targets real",
     "ce-no-cot": "stage1_train.py --model @seed --data @train.jsonl --no-cot --lambda 0",
     "raft": "stage1_train.py --model @seed --data @train.jsonl --no-cot",
     "raft-pure": "stage1_train.py --model @seed --data @train.jsonl --no-cot --ce-weight 0",
@@ -50,6 +56,11 @@ STEPS = {
     "a2": "stage2_train.py --model @seed --data @ce.cots.jsonl --lambda 0",
     "a4": "stage2_train.py --model @a1 --data @a1.cots.jsonl --continue-from-stage1",
     "tract": "stage2_train.py --model @seed --data @a1.cots.jsonl",
+    "few-a1": f"stage1_train.py --model @seed --data @few/train.jsonl {FEW}",
+    "real.cots.jsonl": "gen_cot.py --model @a1 --data @train_real.jsonl",
+    "rounded.cots.jsonl": "gen_cot.py --model @a1 --data @train_rounded.jsonl",
+    "few-rating.cots.jsonl": "gen_cot.py --model @few-a1 --data @few/train.jsonl",
+    "few-real.cots.jsonl": "gen_cot.py --model @few-a1 --data @few/train_real.jsonl",
 }
 MAIN = ["seed", "ce-no-cot", "raft", "raft-pure", "ce", "a1", "a2", "a4", "tract"]
 WITHOUT_COT = ("seed-no-cot", "ce-no-cot", "raft", "raft-pure")
@@ -71,18 +82,6 @@ LOSSES = {
     "ce-w1": "--lambda 0 --score-weight 1",
     "two-hot-w1": "--lambda 0 --score-ce two-hot --score-weight 1",
     "tract-0.02": "--lambda 0.02",
-}
-FEW = "--epochs 8"  # 300 records: twice the epochs, two fifths of the steps
-STEPS |= {
-    "train_real.jsonl": "data/tiny/prepare.py --splits train --targets real",
-    "train_rounded.jsonl": "data/tiny/prepare.py --splits train --targets rounded",
-    "few/train.jsonl": "data/tiny/prepare.py --splits train --size 300",
-    "few/train_real.jsonl": "data/tiny/prepare.py --splits train --size 300 --targets real",
-    "few-a1": f"stage1_train.py --model @seed --data @few/train.jsonl {FEW}",
-    "real.cots.jsonl": "gen_cot.py --model @a1 --data @train_real.jsonl",
-    "rounded.cots.jsonl": "gen_cot.py --model @a1 --data @train_rounded.jsonl",
-    "few-rating.cots.jsonl": "gen_cot.py --model @few-a1 --data @few/train.jsonl",
-    "few-real.cots.jsonl": "gen_cot.py --model @few-a1 --data @few/train_real.jsonl",
 }
 INTEGER = ("ce", "rps", "ntl")  # on integers and the grid 1 to 5, two-hot is the token
 REAL = ("tract", "ce", "two-hot", "rps", "ntl")
@@ -110,16 +109,14 @@ for targets_and_grid, losses in COMPARED.items():
         REFERENCE[row] = "tract" if targets == "rating" else f"{targets_and_grid}-tract"
 ON_REAL = {row for row in REFERENCE if "rating" not in row}  # tested on real-valued scores
 
-SETTINGS = runs.read_json(ROOT / "results/ablations/settings.json")  # options of both training scripts
+SETTINGS = runs.read_json(ROOT / "results/ablations/settings.json")  # `train`: of both training scripts
 FILES = ("test", "test_ood")  # what rows are tested on; the first is the main one
 RESAMPLES = 1000  # of seeds and records
 GROUPS = {"main": MAIN, "loss": [*REFERENCE]}
 ROWS = [*MAIN, *REFERENCE]
 
 
-def tests_of(
-    rows: Iterable[str], files: Sequence[str] = FILES, data: str = "data/tiny", num_cots: dict = NUM_COTS
-) -> dict:
+def tests_of(rows: list[str], files: Sequence = FILES, data="data/tiny", num_cots: dict = NUM_COTS) -> dict:
     """Return what the rows are tested on: (row, test) → the command that predicts it, with @NAME for NAME.
 
     files: of records in DATA. A test has the name of its file; on others' CoTs, see `file_of`.
@@ -153,16 +150,11 @@ def file_of(test: str, files: Sequence[str]) -> str:
 class Setup(NamedTuple):  # what the commands of a task have in common
     train: dict[str, object]  # options of both training scripts
     rows: dict[str, dict[str, object]]  # row → options of both training scripts that are its own
-    judge: str  # options of gen_cot.py and predict.py
+    judge: dict[str, object]  # options of gen_cot.py and predict.py
     given: dict[str, str]  # name → path of what is there already
 
 
-SETUP = Setup(SETTINGS["train"], rows={}, judge="--batch-size 64", given={"seed": "data/tiny/seed"})
-
-
-def options(given: dict[str, object]) -> str:
-    """Return options as a command line has them; one with the value "" is a flag."""
-    return " ".join(f"--{key} {value}".strip() for key, value in given.items())
+SETUP = Setup(SETTINGS["train"], rows={}, judge={"batch-size": 64}, given={"seed": "data/tiny/seed"})
 
 
 def commands_of(folder: str, seed: int, tests: dict, setup: Setup, kept: Iterable[str] = ()) -> dict:
@@ -182,16 +174,14 @@ def commands_of(folder: str, seed: int, tests: dict, setup: Setup, kept: Iterabl
             return path
         script, arguments = steps[name].split(maxsplit=1)
         out = path
+        settings = setup.judge
         if "prepare" in script:
             out = Path(path).parent  # it names its files itself
+            settings = {}
         elif "train" in script:
-            arguments = f"{options(setup.train | setup.rows.get(name, {}))} {arguments}"
-        else:
-            arguments = f"{setup.judge} {arguments}"
-        words = []
-        for word in arguments.split():
-            is_made = word.startswith("@")  # before what reads it
-            words.append(make(word.removeprefix("@")) if is_made else word)
+            settings = setup.train | setup.rows.get(name, {})
+        words = [f"--{option} {value}".strip() for option, value in settings.items()]  # "" makes a flag
+        words += [make(word[1:]) if word.startswith("@") else word for word in arguments.split()]
         commands[path] = " ".join(["python", script, *words, f"--seed {seed} --out {out}"])
         return path
 
@@ -201,19 +191,15 @@ def commands_of(folder: str, seed: int, tests: dict, setup: Setup, kept: Iterabl
     return commands
 
 
-def run_command(out: str, command: str, threads: int) -> None:
+def run_command(out: str, command: str, jobs: int) -> None:
     """Run a command in this process, a fork that need not import torch anew; its output goes to OUT.log."""
     os.setsid()  # Ctrl-C reaches the parent alone; it ends its forks by one SIGTERM, at which training saves
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler is inherited
     sys.stdout = sys.stderr = open(f"{out}.log", "w", encoding="utf-8", buffering=1)
     print(command)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(max(1, os.cpu_count() // jobs))
     sys.argv = command.split()[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-def hashes_of(paths: Iterable[Path]) -> list[str]:
-    return [sha256(path) for path in paths]
 
 
 def run_all(commands: dict[str, str], jobs: int) -> None:
@@ -225,22 +211,21 @@ def run_all(commands: dict[str, str], jobs: int) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
     waiting = [out for out in commands if not Path(out).exists()]
     running = {}  # sentinel of a process → what it makes, the process
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     fork = multiprocessing.get_context("fork")
-    code = hashes_of(CODE)
+    code = [sha256(path) for path in CODE]
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
             signal.signal(number, signal.default_int_handler)  # so that the forks end with this process
-    with runs.progress(len(commands), len(commands) - len(waiting), "ablations", "command") as bar:
+    with runs.progress(len(commands), len(commands) - len(waiting), "bench", "command") as bar:
         while waiting or running:
             unmade = {*waiting, *(out for out, _ in running.values())}
             ready = [out for out in waiting if unmade.isdisjoint(commands[out].split()[:-1])]
             for out in ready[: jobs - len(running)]:
                 # Forks have what was imported here, and would read new scripts beside it
-                if code != hashes_of(CODE):
+                if code != [sha256(path) for path in CODE]:
                     raise runs.Fault("the code has changed since this began; the same command goes on")
                 waiting.remove(out)
-                process = fork.Process(target=run_command, args=(out, commands[out], threads), daemon=True)
+                process = fork.Process(target=run_command, args=(out, commands[out], jobs), daemon=True)
                 process.start()
                 running[process.sentinel] = (out, process)
             for sentinel in connection.wait(running):
@@ -288,7 +273,7 @@ def likeliest(probs: np.ndarray) -> np.ndarray:
 
 
 def readings(probs: np.ndarray, true: np.ndarray, values: np.ndarray) -> dict[str, Reading]:
-    """Return the readings of `predictions`, of the first CoT and as NAME@5 of all."""
+    """Return the readings of `predictions`, of the first CoT and, if there are n > 1, as NAME@n of all."""
     shares = two_hot(torch.tensor(true), torch.tensor(values)).numpy()  # true scores, (n, S)
     found = {}
     for num_cots in sorted({1, probs.shape[1]}):
@@ -316,10 +301,9 @@ def metrics_of(read: Reading, true: np.ndarray) -> dict[str, np.ndarray]:
     """
     p = read.predictions
     seeds = len(p)
-    x = p - p.mean(1, keepdims=True)
-    y = true - true.mean()
     defined = (np.ptp(p, axis=1) > 0) & (np.ptp(true) > 0)
-    r = np.divide(x @ y, np.sqrt((x * x).sum(1) * (y @ y)), out=np.zeros(seeds), where=defined)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r = np.where(defined, np.corrcoef(true, p)[0, 1:], 0)
     bins = (10 * read.confidence).astype(int).clip(max=9) + 10 * np.arange(seeds)[:, None]
     gaps = np.bincount(bins.ravel(), (read.confidence - read.right).ravel(), 10 * seeds).reshape(seeds, 10)
     rmse = np.sqrt(((p - true) ** 2).mean(1))
@@ -335,9 +319,8 @@ def bootstrap(read: Reading, true: np.ndarray, groups: Sequence | None = None) -
     seeds, n = read.predictions.shape
     # Both draw the same for all readings: differences are paired
     random = np.random.default_rng(0)
-    draws = draw_resamples(range(n) if groups is None else groups, RESAMPLES, seed=1)
     samples = []
-    for records in draws:  # the first are the data
+    for records in draw_resamples(range(n) if groups is None else groups, RESAMPLES, seed=1):
         picked = random.integers(0, seeds, seeds) if samples else np.arange(seeds)
         resampled = Reading(*(column[np.ix_(picked, records)] for column in read))
         samples.append(metrics_of(resampled, true[records]))
@@ -345,15 +328,12 @@ def bootstrap(read: Reading, true: np.ndarray, groups: Sequence | None = None) -
 
 
 def summarise(
-    folders: list[str],
-    tests: Iterable[tuple[str, str]],
-    files: Sequence[str] = FILES,
-    groups: dict[str, Sequence] | None = None,
+    folders: list[str], tests: Iterable[tuple], files: Sequence[str] = FILES, groups: dict | None = None
 ) -> dict:
     """Return the metrics of every row, test and reading, and the differences to its reference by CoT-RAIL.
 
     A difference is over the seeds of both. groups: file → which group each of its records is of, for
-    `bootstrap`. Raises InputError where rows have different records, or none.
+    `bootstrap`. Raises InputError where rows have different true scores, or none.
     """
     groups = groups or {}
     true = {}  # file of records → its true scores (n,)
@@ -377,8 +357,7 @@ def summarise(
 
     @functools.cache
     def stack(key: tuple, seeds: tuple[str, ...]) -> tuple[Reading, dict[str, np.ndarray]]:
-        columns = zip(*(measured[key][folder] for folder in seeds), strict=True)
-        stacked = Reading(*map(np.stack, columns))  # (S, n)
+        stacked = Reading(*np.stack([measured[key][folder] for folder in seeds], axis=1))  # each (S, n)
         records = records_of(*key[:2])
         return stacked, bootstrap(stacked, true[records], groups.get(records))
 
@@ -423,7 +402,7 @@ def make_parser(description: str, rows: list[str], out: str) -> argparse.Argumen
 
 
 def predict(args, tests: dict, setup: Setup) -> list[str]:
-    """Run all that the rows need, but for --measured and --show, and return the folder of each seed."""
+    """Run all that the rows need (--measured: nothing) and return the folder of each seed; --show ends."""
     folders = [f"{args.out}/seed{seed}" for seed in args.seeds]
     if args.measured:
         return folders
@@ -437,11 +416,11 @@ def predict(args, tests: dict, setup: Setup) -> list[str]:
     return folders
 
 
-def write_report(args, report: dict) -> Path:
-    """Write metrics.json, or of another split than the test metrics-SPLIT.json; returns its path."""
-    name = "metrics.json" if args.split == "test" else f"metrics-{args.split}.json"
-    runs.write_whole(args.out / name, json.dumps(report, indent=1) + "\n")
-    return args.out / name
+def write_report(args, report: dict, script: str) -> None:
+    """Write metrics.json, of another split than the test metrics-SPLIT.json; say which script draws it."""
+    path = args.out / ("metrics.json" if args.split == "test" else f"metrics-{args.split}.json")
+    runs.write_whole(path, json.dumps(report, indent=1) + "\n")
+    print(f"{path}; python {script} {path} draws it")
 
 
 def main() -> None:
@@ -454,11 +433,8 @@ def main() -> None:
     tests = tests_of(rows, files)
     report = {"split": args.split, "settings": SETTINGS, "seeds": args.seeds}
     report |= summarise(predict(args, tests, SETUP), tests, files)
-    report["ideal"] = {
-        name: ideal.metrics(f"data/tiny/{name}.jsonl", real="real" in name) for name in report["records"]
-    }
-    path = write_report(args, report)
-    print(f"{path}; python results/ablations/draw.py {path} draws it")
+    report["ideal"] = {name: ideal.metrics(f"data/tiny/{name}.jsonl") for name in report["records"]}
+    write_report(args, report, "results/ablations/draw.py")
 
 
 if __name__ == "__main__":

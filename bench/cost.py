@@ -1,9 +1,11 @@
-"""Compute what TRACT costs, from FLOPs and bytes alone: GPU hours by model, and memory and time of --fsdp.
+"""Compute what TRACT costs, from FLOPs and bytes alone: memory and GPU hours by model, and both of --fsdp.
 
-    python bench/cost.py    # the tables of docs/scale.md
+    python bench/cost.py    # a table of docs/speed.md, two of docs/scale.md
 
-Lengths are those of MT-Bench judgements (../docs/speed.md).
+Lengths are about those of MT-Bench judgements.
 """
+
+import itertools
 
 import torch
 from memory import SHAPES, estimate, shape_of  # which puts the repository into sys.path
@@ -13,7 +15,7 @@ from results.tables import table
 from tract import runs
 
 PROMPT = 1200  # tokens
-COT = 130
+COT = 130  # tokens
 EPOCHS = 2  # passes over the data in each stage
 # Of an H100 SXM, whose data sheet says 989 TFLOPs in bf16 and 3.35 TB a second, the assumed share
 PEAK = 989e12
@@ -50,31 +52,34 @@ def training(model, lora: bool, checkpointing: bool, prompt: int = PROMPT, cot: 
     return passes * reading(model, prompt + cot, cot)
 
 
-def writing(model, rows: int) -> float:
-    """Return the bytes that are read for each token written: a share of the weights, and keys and values."""
-    config = model.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * width * (PROMPT + COT / 2)
-    return 2 * (sum(weights_of(model)) / rows + cached)
-
-
 def hours(model, lora: bool, records: int) -> list[float]:
     """Return the GPU hours of stage 1, CoTs and stage 2 on so many records, and of judging 10,000."""
     stage = EPOCHS * records * training(model, lora, True) / TRAINING / 3600
     prompt = reading(model, PROMPT, 1) / READING / 3600
-    cot = COT * writing(model, ROWS) / WRITING / 3600
+    config = model.config
+    # Read for each token written: a share of the weights, keys and values, two bytes each
+    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (PROMPT + COT / 2)
+    cot = COT * 2 * (sum(weights_of(model)) / ROWS + cached) / WRITING / 3600
     return [stage, records * (prompt + cot), stage, 1e4 * (prompt + cot)]
 
 
 def main() -> None:
-    """Print hours by model, and what --fsdp leaves on each GPU."""
+    """Print memory and hours by model, and what --fsdp leaves on each GPU."""
     models = {name: shape_of(config) for name, config in MODELS.items()}
     rows = []
-    for name, model in models.items():
-        for lora in (True, False):
-            parts = hours(model, lora, 100_000)
-            numbers = [f"{x:.1f}" for x in (*parts, sum(parts))]
-            rows.append([name, "LoRA" if lora else "all weights", *numbers])
+    for name, lora, n in itertools.product(SHAPES, (8, None), (1, 4)):
+        row = [name, "LoRA" if lora else "all weights", n]
+        for checkpointing in (True, False):
+            parts = estimate(models[name], lora, (n, 3000, 250), True, checkpointing)
+            row.append(f"{sum(parts.values()) / 2**30:.0f} GiB")
+        rows.append(row)
+    head = ["model", "trained", "sequences of 3,000 tokens", "checkpointed", "all activations kept"]
+    print(table(head, rows))
+    rows = []
+    for name, lora in itertools.product(models, (True, False)):
+        parts = hours(models[name], lora, 100_000)
+        numbers = [f"{x:.1f}" for x in (*parts, sum(parts))]
+        rows.append([name, "LoRA" if lora else "all weights", *numbers])
     steps = ["stage 1", "CoTs", "stage 2", "judging 10,000", "all"]
     print(table(["H100 hours for 100,000 records", "trained", *steps], rows))
     rows = []

@@ -31,10 +31,10 @@ from tract.text import encode_prompt
 from tract.writing import load_judge, score, write_cots
 
 
-def drive(args) -> dict:
+def drive(args, engine: str) -> dict:
     """Do all three tasks with one engine; returns what came out and the seconds of each."""
     records = read_records(args.data, args.grid, ("id", "prompt", "cot", "score"))[: args.records]
-    judge = load_judge(args.model, args.grid, False, args.drive, args.engine_args)
+    judge = load_judge(args.model, args.grid, False, engine, args.engine_args)
     prompts = [encode_prompt(judge.tokenizer, r["prompt"]) for r in records]
     pairs = zip(prompts, records, strict=True)
     texts = [encode_prefix(judge.tokenizer, prompt, r["cot"], args.grid) for prompt, r in pairs]
@@ -69,8 +69,8 @@ def compare(ours: dict, vllm: dict) -> list[tuple[str, str, bool]]:
     sampled = [engine["sampled CoTs"]["found"] for engine in (ours, vllm)]
     lengths = np.array([[len(row["cot"].split()) for row in rows] for rows in sampled])
     r = [np.corrcoef([row["expected"] for row in rows], ours["scores"])[0, 1] for rows in sampled]
-    same_length = abs(np.subtract(*lengths.mean(1))) < 3 * math.sqrt(lengths.var(1).sum() / len(same))
-    same_r = abs(np.subtract(*np.arctanh(r))) < 3 * math.sqrt(2 / (len(same) - 3))
+    same_length = abs(np.subtract(*lengths.mean(1))) <= 3 * math.sqrt(lengths.var(1).sum() / len(same))
+    same_r = abs(np.subtract(*np.arctanh(r))) <= 3 * math.sqrt(2 / (len(same) - 3))
     words = "{:.1f} and {:.1f} words; r {:.2f} and {:.2f}".format(*lengths.mean(1), *r)
     return [
         ("given CoTs", f"largest difference of a probability {apart:.1e}", apart < 1e-4),
@@ -90,22 +90,18 @@ def main() -> None:
     add("--max-new-tokens", type=runs.COUNT, default=100, help="tokens of a CoT")
     # On a CPU vLLM 0.32 can't take seeds where it reads prompts in chunks
     settings = ["max_model_len=1024", "gpu_memory_utilization=0.2", "enable_chunked_prefill=false"]
-    add("--engine-args", nargs="+", type=setting, default=[*map(setting, settings)])
-    add("--drive", choices=("torch", "vllm"), help=argparse.SUPPRESS)
-    add("--out", type=Path, help=argparse.SUPPRESS)
+    add("--engine-args", nargs="+", type=setting, default=[*map(setting, settings)], help="settings of vLLM")
+    add("--found", type=Path, help=argparse.SUPPRESS)  # where the python that has vLLM writes what it found
     args = parser.parse_args()
-    if args.drive:
-        runs.write_whole(args.out, json.dumps(drive(args)))
-        return
+    if args.found:
+        return runs.write_whole(args.found, json.dumps(drive(args, "vllm")))
     with tempfile.TemporaryDirectory() as folder:
-        files = {engine: Path(folder, engine) for engine in ("torch", "vllm")}
-        for engine, python in (("torch", sys.executable), ("vllm", args.vllm)):
-            command = [python, *sys.argv, "--drive", engine, "--out", str(files[engine])]
-            code = subprocess.run(command, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"}).returncode
-            if code:
-                raise runs.Fault(f"{engine}: did not end well, nothing is compared")
-        ours = json.loads(files["torch"].read_text("utf-8"))
-        vllm = json.loads(files["vllm"].read_text("utf-8"))
+        found = Path(folder, "found.json")
+        command = [args.vllm, *sys.argv, "--found", str(found)]
+        if subprocess.run(command, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"}).returncode:
+            raise runs.Fault("vllm: did not end well, nothing is compared")
+        vllm = runs.read_json(found)
+    ours = drive(args, "torch")
     rows = []
     for task, words, agree in compare(ours, vllm):
         ratio = vllm[task]["seconds"] / ours[task]["seconds"]

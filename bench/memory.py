@@ -2,7 +2,6 @@
 
     python bench/memory.py --model mistral-7b --4bit
     python bench/memory.py --model mistral-7b --full --batch-size 4 --length 2000
-    python bench/memory.py --fit             # a table of the 7B and 8B models
 
 It takes the options of stage1_train.py. The estimate is what tensors hold at the peak of a step, in bf16 but
 with --fp32, from the shapes alone; what CUDA and its allocator take comes on top. bench/peers.py measures.
@@ -19,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import stage1_train
-from results.tables import table
 from tract import hub, models, runs
 from tract.options import make_training_parser
 from tract.records import InputError
@@ -37,9 +35,7 @@ def shape_of(config):
         return AutoModelForCausalLM.from_config(config)
 
 
-def estimate(
-    model, lora: int | None, batch: tuple[int, int, int], bf16: bool, checkpointing: bool, four_bit=False
-) -> dict:
+def estimate(model, lora: int | None, batch: tuple, bf16: bool, checkpointing: bool, four_bit=False) -> dict:
     """Return the bytes at the peak of a step, by what takes them, for blocks like those of Llama and Mistral.
 
     Such a block has RMSNorm, a gated MLP, and attention that stores no matrix of scores. model: as `shape_of`
@@ -75,7 +71,7 @@ def estimate(
     if four_bit:
         sizes = [m.weight.numel() for m in linear]
         weights -= (compute - FOUR_BITS) * sum(sizes)
-        recomputed += compute * max(sizes)  # the layer that is being multiplied is unpacked
+        recomputed += compute * max(sizes, default=0)  # the layer that is being multiplied is unpacked
     return {
         "weights": weights,
         "gradients": 4 * trained,
@@ -105,29 +101,13 @@ def random_model(config, name: str, dtype: torch.dtype, **options):
         return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype).eval()
 
 
-def fit() -> None:
-    """Print the estimates for the 7B and 8B models."""
-    rows = []
-    shapes = {name: shape_of(config) for name, config in SHAPES.items()}
-    for name, lora, n in itertools.product(SHAPES, (8, None), (1, 4)):
-        case = (shapes[name], lora, (n, 3000, 250), True)
-        estimates = [estimate(*case, checkpointing) for checkpointing in (True, False)]
-        sums = [f"{sum(parts.values()) / 2**30:.0f} GiB" for parts in estimates]
-        rows.append([name, "LoRA" if lora else "all weights", n, *sums])
-    head = ["model", "trained", "sequences of 3,000 tokens", "checkpointed", "all activations kept"]
-    print(table(head, rows), end="")
-
-
 def main() -> None:
     parser = make_training_parser(__doc__, stage=1, defaults=stage1_train.DEFAULTS)
     add = parser.add_argument_group("memory").add_argument
     add("--length", type=runs.COUNT, default=3000, help="tokens of a sequence")
     add("--supervised", type=runs.COUNT, default=250, help="how many of them carry loss: CoT and score")
     parser.set_defaults(bf16=True)
-    add("--fit", action="store_true", help="print a table for the 7B and 8B models instead")
     args = parser.parse_args()
-    if args.fit:
-        return fit()
     if args.four_bit and not args.lora:
         raise InputError("--4bit: is for --lora")
     try:

@@ -2,31 +2,28 @@
 
     python bench/peers.py --model out/real/smollm2 --data train.jsonl --fp32 --out results/speed/peers.json
     python bench/peers.py --shape mistral-7b --lora          # random weights of that size, no hub
-    python bench/peers.py --table results/speed/peers.json   # the tables of docs/speed.md
 
-Takes the options of stage1_train.py. The ways to do it are those of bench/ways.py. The learning rate is 0:
-AdamW does its work, but all steps meet the same weights. The first turn warms up and measures memory; in all,
-the same loss and gradient norm or scores have to come out. Every turn is written to --out: one may stop it.
+Takes the options of stage1_train.py for model, data and memory. The ways to do it are those of bench/ways.py.
+The learning rate is 0: AdamW does its work, but all steps meet the same weights. The first turn warms up and
+measures memory (of judging only on a GPU); in all turns the same loss and gradient norm, or scores, have to
+come out. Every turn is written to --out, a JSON file: one may stop it.
 """
 
 import contextlib
 import gc
 import itertools
 import json
-import statistics
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
-import cost  # which puts the repository into sys.path
 import numpy as np
 import torch
 import transformers
-from memory import SHAPES, peak_of, random_model
+from memory import SHAPES, peak_of, random_model  # which puts the repository into sys.path
 from ways import ON_GPU, OURS, shares, ways_to_judge, ways_to_train
 
 import stage1_train
-from results.tables import table
+from results.speed.draw import tables
 from tract import models, runs
 from tract.options import choose_grid, make_training_parser
 from tract.records import ROOT, InputError, read_records
@@ -52,40 +49,13 @@ def take_turns(ways: dict, task: dict, rounds: int, tolerance: float, save) -> N
             found = ways[name]()
         seconds = found.pop("seconds")
         expected = expected or found
-        for key in found:
-            equal = key not in expected or np.allclose(found[key], expected[key], tolerance, tolerance)
-            if not equal:  # NaN equals nothing
-                raise runs.Fault(f"{name}: {key} is {found[key]}, ours {expected[key]}")
+        for key, value in found.items():
+            if not np.allclose(value, expected[key], tolerance, tolerance):  # NaN equals nothing
+                raise runs.Fault(f"{name}: {key} is {value}, ours {expected[key]}")
         print(f"{name}, turn {turn}: {seconds:.2f} s", flush=True)
         if turn:
             way["seconds"].append(seconds)
         save()
-
-
-def tables(report: dict) -> str:
-    """Return the measurements as Markdown, a table a task."""
-    parts = []
-    for task_name, task in report["tasks"].items():
-        rows = []
-        for name, way in task["ways"].items():
-            row = [name, "no time left", "", "", "", ""]
-            # The last turn may have been cut short
-            pairs = zip(way["seconds"], task["ways"][OURS]["seconds"], strict=False)
-            ratios = sorted(seconds / ours for seconds, ours in pairs)
-            if ratios:
-                seconds = statistics.median(way["seconds"])
-                spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-                row[1:4] = [f"{seconds:.2f}", spread, f"{task['tokens'] / seconds:.0f}"]
-                if "flops" in task and not report["device"].startswith("CPU"):
-                    row[4] = f"{task['flops'] / seconds / cost.PEAK:.2%}"
-            if "peak" in way:
-                row[5] = f"{way['peak'] / 2**30:.2f} GiB"
-            rows.append(row)
-        head = [task_name, "s", "times as long", "tokens/s", "of an H200's FLOPS (MFU)", "peak memory"]
-        filled = [column for column in range(len(head)) if any(row[column] for row in rows)]
-        head, *rows = [[row[column] for column in filled] for row in [head, *rows]]
-        parts += [table(head, rows), task["note"]]
-    return "\n".join(parts)
 
 
 def main() -> None:
@@ -96,22 +66,17 @@ def main() -> None:
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to compare, in this order")
     add("--texts", type=runs.COUNT, default=10, help="CoTs that are judged at a time")
     add("--rounds", type=runs.COUNT, default=3, help="timed turns of each way")
-    add("--table", type=Path, help="only print the tables of this JSON file")
     parser.set_defaults(out=Path("out/peers.json"))
     args = parser.parse_args()
-    if args.table:
-        return print(tables(runs.read_json(args.table)), end="")
     runs.check_out(args.out)
     args.grid = choose_grid(args)
-    in_place = contextlib.nullcontext()
     if args.shape and args.four_bit:
         raise InputError("--4bit: is for --model")
-    if args.shape:
-        args.data = ROOT / "data/tiny/train.jsonl"
-        in_place = patch.object(models, "load_model", partial(random_model, CONFIGS[args.shape]))
+    args.data = ROOT / "data/tiny/train.jsonl" if args.shape else args.data
     records = read_records(args.data, args.grid, ("id", "prompt", "cot", "score"))
-    if args.shape:  # as long as MT-Bench's, of 1,300 and 120 tokens
+    if args.shape:  # prompts and CoTs as long as MT-Bench's, of 1,300 and 120 tokens
         records = [r | {"prompt": f"{r['prompt']} " * 25, "cot": f"{r['cot']} " * 2} for r in records[:100]]
+        models.load_model = partial(random_model, CONFIGS[args.shape])
     device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
     report = {"arguments": vars(args).copy(), "device": device, "tasks": {}}
 
@@ -121,7 +86,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save()  # or fail at once
     tolerance = 5e-2 if args.bf16 else 1e-4
-    with in_place, contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt):
         for name in args.tasks:
             num_cots = TASKS[name]  # 0 for training
             ways, task = ways_to_judge(args, records, num_cots) if num_cots else ways_to_train(args, records)

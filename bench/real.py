@@ -5,9 +5,9 @@
     python bench/real.py ists --measured                     # sum up what there is
 
 The chains of commands are those of bench/ablations.py, with model, records and settings of the task
-(results/real/settings.json). Beside the rows stand a ridge regression on words and, where records have the
-ratings of several people, one of them against the mean of the others. What a seed predicts is kept in
-seedN.npz, some 100 KB: what is in there is not run again, on any machine.
+(results/real/settings.json). Beside the rows stand a ridge regression on words, the mean training score (of
+each group, where records have one) and, where they have the ratings of several people, one of these against
+the mean of the others. What a seed predicts is kept in seedN.npz: it is not run again, on any machine.
 """
 
 import json
@@ -35,9 +35,8 @@ def setup_of(settings: dict, data: str) -> Setup:
     """Return what the commands of a task have in common; its records lie in DATA."""
     model = "out/real/smollm2"
     given = {"seed": model, "seed-no-cot": model, "train.jsonl": f"{data}/train.jsonl"}
-    common = {"grid": settings["grid"]}
-    judge = ablations.options(common | settings["judge"])
-    return Setup(common | settings["train"], settings["rows"], judge, given)
+    grid = {"grid": settings["grid"]}
+    return Setup(grid | settings["train"], settings["rows"], grid | settings["judge"], given)
 
 
 def deciding(settings: dict) -> str:
@@ -115,15 +114,14 @@ def baselines(train: list[dict], test: list[dict], group: str | None) -> dict:
     means = means_of_groups(train, test, group) if group else None
     if means is not None:
         predicted[f"mean training score of the {group}"] = means
+    predicted["mean training score"] = np.full_like(true, np.mean([r["score"] for r in train]))
     found = {}
-    for label, values in predicted.items():
-        found[label] = {name: METRICS[name](values, true) for name in ("pearson", "rmse")}
+    for label, values in predicted.items():  # r of a constant counts as 0
+        r, rmse = (METRICS[name](values, true) for name in ("pearson", "rmse"))
+        found[label] = {"pearson": float(np.nan_to_num(r)), "rmse": rmse}
     raters = against_others(test)
     if raters:
         found["one rater against the others"] = raters
-    constant = np.full_like(true, np.mean([r["score"] for r in train]))
-    # r of a constant is undefined
-    found["mean training score"] = {"pearson": 0.0, "rmse": METRICS["rmse"](constant, true)}
     return found
 
 
@@ -133,7 +131,7 @@ def main() -> None:
     parser.add_argument("task", choices=settings["tasks"])
     parser.set_defaults(seeds=[1, 2, 3])
     args = parser.parse_args()
-    if not find_spec("sklearn"):  # which the ridge regression needs, after hours
+    if not args.show and not find_spec("sklearn"):  # which the ridge regression needs, after hours
         raise InputError("scikit-learn is not there; pip install -r bench/requirements.txt")
     os.chdir(ROOT)
     task = settings["tasks"][args.task]
@@ -151,15 +149,13 @@ def main() -> None:
     grid = Grid.parse(task["grid"])
     train = read_records(data / "train.jsonl", grid, ("score", "texts"))
     records = {file: read_records(data / f"{file}.jsonl", grid, ("score", "texts")) for file in files}
-    groups = {}  # file → what its records are groups by: intervals are over whole groups
-    if "group" in task:
-        for file in files:
-            groups[file] = [record[task["group"]] for record in records[file]]
+    groups = None
+    if "group" in task:  # intervals are over whole groups
+        groups = {file: [row[task["group"]] for row in rows] for file, rows in records.items()}
     report = {"task": args.task, "split": args.split, "settings": task, "seeds": args.seeds}
     report |= ablations.summarise(folders, tests, files, groups)
     report["baselines"] = {file: baselines(train, records[file], task.get("group")) for file in files}
-    path = ablations.write_report(args, report)
-    print(f"{path}; python results/real/draw.py {path} draws it")
+    ablations.write_report(args, report, "results/real/draw.py")
 
 
 if __name__ == "__main__":

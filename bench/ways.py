@@ -5,8 +5,6 @@ Trainer with that loss; of TRL's SFTTrainer, which has CE alone. Judging: predic
 CoTs of the data; transformers' generate, which writes as long, and a pass over each of those texts.
 """
 
-import contextlib
-import io
 import itertools
 import time
 from functools import partial
@@ -98,9 +96,8 @@ def with_trainer(is_trl: bool, model, windows: list, scores: dict, args) -> dict
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        ids = [list(example.ids) for example in examples]
-        labels = [[-100] * e.start + list(e.ids[e.start :]) for e in examples]
-        data = Dataset.from_dict({"input_ids": ids, "labels": labels})
+        rows = [{"input_ids": [*e.ids], "labels": [-100] * e.start + [*e.ids[e.start :]]} for e in examples]
+        data = Dataset.from_list(rows)
         options = SFTConfig(**settings, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
         trainer = SFTTrainer(model, options, train_dataset=data, processing_class=args.tokenizer)
     else:
@@ -109,8 +106,8 @@ def with_trainer(is_trl: bool, model, windows: list, scores: dict, args) -> dict
         trainer.compute_loss = lambda model, batch, **rest: authors_loss(model, batch, **scores)
     clock = Clock()
     trainer.add_callback(clock)
-    with contextlib.redirect_stdout(io.StringIO()):
-        trainer.train()
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
     for module, name in itertools.product(model.modules(), ("forward", "_is_accelerate_prepared")):
         vars(module).pop(name, None)  # what they put around the model's own forward goes again
     last = trainer.state.log_history[-2]  # [-1] sums up

@@ -9,6 +9,13 @@ def table(head: list[str], rows: list[list]) -> str:
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
+def filled_table(head: list[str], rows: list[list]) -> str:
+    """Return a table without the columns that are empty in every row."""
+    filled = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    head, *rows = ([row[i] for i in filled] for row in (head, *rows))
+    return table(head, rows)
+
+
 class Cells:
     """Hold the cells of metrics.json by (row, test, reading); one that was not run leaves its place empty.
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import ablations
 import memory
 import numpy as np
-import peers
 import pytest
 import real
 import torch
@@ -23,6 +22,7 @@ import stage1_train
 from data.tiny import ideal, prepare
 from eval import METRICS, against_others
 from results.real import draw
+from results.speed.draw import tables
 from tract import models
 from tract.encode import Example, encode_prefix
 from tract.options import make_training_parser
@@ -117,8 +117,8 @@ def test_rows_are_summed_up(tmp_path, lab):
 
 
 def test_code_that_changes_meanwhile_stops_the_bench(tmp_path, monkeypatch):
-    hashes = iter(["before", "after"])
-    monkeypatch.setattr(ablations, "hashes_of", lambda paths: next(hashes))
+    hashes = iter(range(1000))  # each file has another one whenever it is read
+    monkeypatch.setattr(ablations, "sha256", lambda path: next(hashes))
     with pytest.raises(ablations.runs.Fault, match="the code has changed since this began"):
         ablations.run_all({f"{tmp_path}/made": "python make.py"}, jobs=1)
 
@@ -581,10 +581,10 @@ def test_estimated_memory_is_what_is_measured(run_script, capsys, monkeypatch, t
         measured, _ = memory.peak_of(functools.partial(train_random, config, *case, folder))
         estimated = memory.estimate(memory.shape_of(config), *case)
         assert sum(estimated.values()) == pytest.approx(measured, rel=0.04), case
-    for script, page in (("memory", "speed"), ("cost", "scale")):
-        run_script(script, *["--fit"] * (script == "memory"))
-        tables = capsys.readouterr().out.split("\n\n")
-        assert tables[0] and all(table in (ROOT / f"docs/{page}.md").read_text("utf-8") for table in tables)
+    run_script("cost")
+    memory_of_7b, *costs = capsys.readouterr().out.split("\n\n")
+    assert memory_of_7b in (ROOT / "docs/speed.md").read_text("utf-8")
+    assert len(costs) == 2 and all(table in (ROOT / "docs/scale.md").read_text("utf-8") for table in costs)
 
 
 def peers_of(lab, *options) -> list:
@@ -601,9 +601,7 @@ def test_ways_to_train_and_to_judge_find_the_same(lab):
     assert all(way["peak"] > training["weights"] for way in training["ways"].values())
     assert all(len(way["seconds"]) == 1 for way in judging["ways"].values())
     said = lab.capsys.readouterr().out
-    lab.run("peers", "--table", lab.path / "peers.json")
-    shown = lab.capsys.readouterr().out
-    assert shown and said.endswith(shown)
+    assert said.endswith(tables(report)) and tables(report)
 
 
 def doubled(loss):
@@ -624,13 +622,13 @@ def test_another_loss_gradient_or_score_is_no_peer(lab, monkeypatch):
 
 
 def test_the_peers_table_has_medians_of_ratios_and_what_was_cut_off():
-    ways = {peers.OURS: {"seconds": [1, 2, 4]}, "slow": {"seconds": [3, 2]}, "late": {"seconds": []}}
-    report = {"device": "CPU", "tasks": {"judging": {"tokens": 10, "flops": 1, "ways": ways, "note": ""}}}
-    lines = peers.tables(report).splitlines()
+    timed = {ways.OURS: {"seconds": [1, 2, 4]}, "slow": {"seconds": [3, 2]}, "late": {"seconds": []}}
+    report = {"device": "CPU", "tasks": {"judging": {"tokens": 10, "flops": 1, "ways": timed, "note": ""}}}
+    lines = tables(report).splitlines()
     assert lines[3] == "| slow | 2.50 | 2.00 (1.00 to 3.00) | 4 |" and "| late | no time left |" in lines[4]
     page = (ROOT / "docs/speed.md").read_text("utf-8")
     for path in (ROOT / "results/speed").glob("*.json"):
-        assert peers.tables(json.loads(path.read_text("utf-8"))) in page
+        assert tables(json.loads(path.read_text("utf-8"))) in page
 
 
 def test_the_ridge_regression_sees_how_far_words_overlap():

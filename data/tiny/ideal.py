@@ -76,11 +76,11 @@ def predict(record: dict, *, real: bool = False) -> dict[str, float]:
     }
 
 
-def metrics(path: str | Path, *, real: bool = False) -> dict[str, dict[str, float]]:
-    """Return Pearson's r and RMSE of each ideal judge on a file of the task."""
+def metrics(path: str | Path) -> dict[str, dict[str, float]]:
+    """Return Pearson's r and RMSE of each ideal judge on a file of the task; NAME_real has real targets."""
     rows = read_records(path, Grid(), need=("id", "prompt", "cot", "score"))
     true = np.array([row["score"] for row in rows], dtype=float)
-    predicted = [predict(row, real=real) for row in rows]
+    predicted = [predict(row, real=Path(path).stem.endswith("_real")) for row in rows]
     columns = {name: np.array([p[name] for p in predicted]) for name in predicted[0]}
     return {name: {m: METRICS[m](p, true) for m in ("pearson", "rmse")} for name, p in columns.items()}
 
@@ -89,7 +89,7 @@ def main() -> None:
     if not sys.argv[1:]:
         raise InputError("give files of the task, as data/tiny/test.jsonl")
     for path in sys.argv[1:]:
-        for name, values in metrics(path, real=Path(path).stem.endswith("_real")).items():
+        for name, values in metrics(path).items():
             print(f"{path}  {name:10} r {values['pearson']:.3f}  RMSE {values['rmse']:.3f}")
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from tables import Cells, bar, table, whose_cots  # noqa: E402
+from tables import Cells, bar, filled_table, table, whose_cots  # noqa: E402
 
 TASKS = {
     "ists": "Interpretable STS",
@@ -118,9 +118,7 @@ def tables(test: Tested) -> str:
     text += "tied: records where several scores are equally likely. r of a constant counts as 0.\n\n"
     head = ["method, prediction", "seeds", "tied", "r", "RMSE", "r, 5 CoTs", "RMSE, 5 CoTs"]
     head += ["Δr to TRACT", "ΔRMSE to TRACT"]
-    filled = [i for i in range(len(head)) if any(row[i] for row in rows)]
-    head, *rows = ([row[i] for i in filled] for row in (head, *rows))
-    return text + table(head, rows) + "\n" + whose_cots(cells)
+    return text + filled_table(head, rows) + "\n" + whose_cots(cells)
 
 
 def draw(tests: list[Tested], path: Path) -> None:
