@@ -99,8 +99,8 @@ $(REAL)/ists/train.jsonl: | .venv/real
 	$(RUN) data/ists/prepare.py --gold $(ISTS)/gold --alignments $(ISTS)/train --without $(@D)/test.jsonl \
 		--valid $(@D)/valid.jsonl --out $@
 
-# From the hub, unless FEEDBACKQA names a folder with train.json, valid.json and test.json
-PREPARE = $(RUN) data/feedbackqa/prepare.py --max-words 60 $(if $(FEEDBACKQA),$(FEEDBACKQA)/$(1).json,--split $(1))
+# FEEDBACKQA is a folder with train.json, valid.json and test.json
+PREPARE = $(RUN) data/feedbackqa/prepare.py --max-words 60 $(FEEDBACKQA)/$(1).json
 $(REAL)/feedbackqa/train.jsonl: | .venv/real
 	mkdir -p $(@D)
 	test -e $(@D)/valid.jsonl || $(call PREPARE,valid) --out $(@D)/valid.jsonl

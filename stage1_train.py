@@ -244,7 +244,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     try:
         train(args, model, plan, held_out, loss_options, folder)
     except torch.OutOfMemoryError:
-        remedy = "lower --batch-size or --max-length, or train adapters (--lora)"
+        remedy = "lower --batch-size (and raise --accumulation) or --max-length, or train adapters: --lora"
         raise Fault(f"{folder}: out of memory; {remedy}") from None
     facts = {"examples": len(examples), "tokens": tokens}
     training.save_checkpoint(args, model, tokenizer, folder, settings, started, facts)

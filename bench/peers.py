@@ -1,6 +1,6 @@
 """Compare training and judging here with what people would use instead: same weights, batches and results.
 
-    python bench/peers.py --model out/real/smollm2 --data train.jsonl --fp32 --out results/speed/peers.json
+    python bench/peers.py --model out/real/smollm2 --data train.jsonl --fp32 --out out/peers.json
     python bench/peers.py --shape mistral-7b --lora          # random weights of that size, no hub
 
 Takes the options of stage1_train.py for model, data and memory. The ways to do it are those of bench/ways.py.

@@ -99,7 +99,7 @@ def test_out_of_memory_names_what_takes_less(lab, monkeypatch):
     monkeypatch.setattr(stage1_train, "accumulate_gradients", full)
     data = lab.write("train.jsonl", lab.rows[:2])
     code, said = lab.fail("stage1_train", "--data", data, "--out", lab.path / "out")
-    assert code == 1 and "out.part: out of memory; lower --batch-size or --max-length" in said
+    assert code == 1 and "out.part: out of memory; lower --batch-size (and raise --accumulation)" in said
 
 
 def test_every_example_once_an_epoch_in_windows_of_like_length():

@@ -44,7 +44,7 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
     add = parser.add_argument_group("checks").add_argument
     add("--valid", help="JSONL file of held-out records; None: in stage 1, that beside its default --data")
     if stage < 3:
-        add("--dry-run", action="store_true", help="only show options and an example with its loss mask")
+        add("--dry-run", action="store_true", help="fetch default data, show options and an example's mask")
         add_loss(parser)
     else:
         add_sampling(parser)
@@ -115,7 +115,7 @@ def make_writing_parser(description: str, model: str, data: str | None, out: str
     parser = make_parser(description)
     add = parser.add_argument  # what matters most comes first, in no group
     add("--model", default=model, help=f"checkpoint folder, hub id or one of {', '.join(hub.MODELS)}")
-    add("--data", default=data, help="JSONL file of records; None: those that --model was trained on")
+    add("--data", default=data, help="JSONL file of records; None: in gen_cot.py those of --model's training")
     add("--out", type=Path, default=Path(out), help="JSONL file to write")
     add("--batch-size", type=COUNT, default=32, help="sequences at a time; halved when memory runs out")
     parser.source_of_cots = parser.add_mutually_exclusive_group()

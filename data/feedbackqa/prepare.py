@@ -1,8 +1,6 @@
 """Turn FeedbackQA (Li et al., 2022) into records: how well does this passage answer the question?
 
-    python data/feedbackqa/prepare.py --out train.jsonl                       # from the hub
-    python data/feedbackqa/prepare.py --split test --out test.jsonl
-    python data/feedbackqa/prepare.py train.json --out train.jsonl            # from a local file of items
+    python data/feedbackqa/prepare.py train.json --out train.jsonl        # README.md says where files are
 
 Two or three raters judged each passage in one of four words, 1 to 4 here, and explained why: the score is
 their mean, the CoT the explanation of one of them. `ratings` keeps all, in the order of the raters.
@@ -18,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.prepare_helpers import (
     check_new,
     is_text,
-    read_hub,
     read_items,
     read_texts,
     sort_out,
@@ -26,7 +23,6 @@ from data.prepare_helpers import (
 )
 from tract import runs
 
-HUB_ID = "McGill-NLP/feedbackQA"
 RATINGS = {"Bad": 1, "Could be Improved": 2, "Acceptable": 3, "Excellent": 4}
 PROMPT = """\
 How well does the passage answer the question? Explain, then give a score: 1 bad, 2 could be improved, \
@@ -77,8 +73,7 @@ def with_cot(record: dict, args) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     add = parser.add_argument
-    add("file", nargs="?", help="JSON array or JSONL file of items; none: the hub data set")
-    add("--split", default="train", help="split of the hub data set")
+    add("file", help="JSON array or JSONL file of items")
     add("--out", type=Path, required=True, help="JSONL file to write")
     add("--without", nargs="+", default=[], metavar="FILE", help="files whose questions are left out")
     add("--max-words", type=runs.COUNT, default=100, help="words of a passage; the rest is cut off")
@@ -87,12 +82,8 @@ def main() -> None:
     args = parser.parse_args()
     check_new(args.out)
     without = {question.lower() for path in args.without for question, _ in read_texts(path)}
-    if args.file:
-        items = read_items(args.file)
-    else:
-        items = read_hub(HUB_ID, args.split, f"feedback_{args.split}.json", "feedbackqa/prepare.py")
-    made = [convert(row, number, args, without) for number, row in enumerate(items)]
-    kept, left_out = sort_out(made, args.file or HUB_ID)
+    made = [convert(row, number, args, without) for number, row in enumerate(read_items(args.file))]
+    kept, left_out = sort_out(made, args.file)
     print(left_out, end="")
     records = [record for item in kept for record in with_cot(item, args)]
     write_records({args.out: records})

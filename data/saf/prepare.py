@@ -65,7 +65,10 @@ def read_split(split: str, seen: dict, args) -> list[dict]:
     """Return the records of a folder, questions named by file; print what is left out. Raises InputError."""
     made = []
     ids = []
-    for path in sorted((args.folder / split).glob("*.xml")):
+    folder = args.folder / split
+    if (folder / "english").is_dir():  # later versions have a folder for each language
+        folder /= "english"
+    for path in sorted(folder.glob("*.xml")):
         try:
             root = ElementTree.parse(path).getroot()
         except (ElementTree.ParseError, LookupError, ValueError) as error:  # also of an unknown encoding
@@ -76,7 +79,7 @@ def read_split(split: str, seen: dict, args) -> list[dict]:
             raise InputError(f"{path}: no question and reference answer; is it a file of SAF?")
         ids += [answer.get("id") for answer in root.iter("studentAnswer")]
         made += [convert(answer, common, split, seen, args) for answer in root.iter("studentAnswer")]
-    kept, left_out = sort_out(made, str(args.folder / split), ids, "id")
+    kept, left_out = sort_out(made, str(folder), ids, "id")
     print(f"{split}: {len(made)} answers\n{left_out}", end="")
     return kept
 
