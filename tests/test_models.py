@@ -281,7 +281,7 @@ def test_a_judge_on_the_hub_has_its_grid_its_stage_and_its_adapter(lab, monkeypa
         seed,
         *train,
         "--suffix",
-        "[RESULT]",
+        "the score is",
         "--no-cot",
         "--out",
         lab.path / "here",

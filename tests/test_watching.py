@@ -38,7 +38,7 @@ def line(step: int, loss: float | None, **more) -> dict:
 
 def test_a_training_says_how_it_does_and_leaves_a_picture_and_a_card(lab):
     data, valid = lab.write("my data.jsonl", lab.rows[:32]), lab.write("v.jsonl", lab.rows[32:40])
-    options = ("--data", data, "--valid", valid, "--epochs", 2, "--suffix", "All in all :\n")
+    options = ("--data", data, "--valid", valid, "--epochs", 2, "--suffix", "So overall :\n")
     lab.run("stage1_train", *options, "--out", lab.path / "out")
     said = lab.capsys.readouterr().out
     held_out = [step["valid"] for step in lab.read("out/log.jsonl") if "valid" in step]
