@@ -53,11 +53,7 @@ def check_record(record: dict, grid, need: tuple[str, ...]) -> str | None:
 
     grid: a records.Grid. need: the fields that a stage reads; what nobody reads may hold anything.
     """
-    return check_fields(record, need) or check_content(record, grid, need)
-
-
-def check_fields(record: dict, need: tuple[str, ...]) -> str | None:
-    """Look for fields that are missing, empty, or of another kind, as "4" for 4."""
+    # Fields that are missing, empty, or of another kind, as "4" for 4
     hints = {
         "cots": "; gen_cot.py adds it",
         "prompt": "; or instruction, response and rubric",
@@ -78,7 +74,7 @@ def check_fields(record: dict, need: tuple[str, ...]) -> str | None:
             return f"field '{field}' is {json.dumps(value)[:40]}, not {what}{remedy}"
         if is_text(value) and not value.strip():
             return f"field '{field}' is empty; fill it in or leave the record out"
-    return None
+    return check_content(record, grid, need)
 
 
 def check_content(record: dict, grid, need: tuple[str, ...]) -> str | None:
