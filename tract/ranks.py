@@ -38,17 +38,14 @@ def rank() -> int:
     return dist.get_rank() if launched() else 0
 
 
-def world_size() -> int:
-    return dist.get_world_size() if launched() else 1
-
-
 def micro_batches(examples: list, size: int) -> Iterator[list]:
     """Yield this rank's micro-batches. Every rank has equally many, since FSDP gathers weights in each.
 
     Where a rank has none left, that is the first example without supervised positions: it adds nothing.
     """
-    share = examples[rank() :: world_size()]
-    largest_share = math.ceil(len(examples) / world_size())
+    n_ranks = dist.get_world_size() if launched() else 1
+    share = examples[rank() :: n_ranks]
+    largest_share = math.ceil(len(examples) / n_ranks)
     idle = examples[0]._replace(start=len(examples[0].ids))
     for start in range(0, largest_share, size):
         yield share[start : start + size] or [idle]

@@ -68,9 +68,8 @@ def make_optimiser(model, args, steps: int):
     groups = {}  # matrices decay, norms and biases do not; weights that FSDP spreads go by themselves
     for weight in model.parameters():
         if weight.requires_grad:
-            is_matrix = weight.ndim >= 2
-            decay = args.weight_decay if is_matrix else 0.0
-            kind = (is_matrix, ranks.is_spread(weight))
+            decay = args.weight_decay if weight.ndim >= 2 else 0.0
+            kind = (decay, ranks.is_spread(weight))
             group = groups.setdefault(kind, {"params": [], "weight_decay": decay})
             group["params"].append(weight)
     # fused: one pass over the weights, and on a GPU no second copy of them
