@@ -26,11 +26,9 @@ def read_log(out: Path) -> list[dict]:
             whole_lines = path.read_bytes().split(b"\n")[:-1]
             try:
                 log = [json.loads(line) for line in whole_lines]
-                for name in PANELS:
-                    points(log, name)  # fails where a line lacks it
-            except (ValueError, KeyError, TypeError):
+            except ValueError:
                 log = []
-            if not log:
+            if not log or not {"taken", "lr"} <= log[0].keys():
                 raise InputError(f"{path}: has no step yet, or no training wrote it")
             return log
     raise InputError(f"{out}: no log.jsonl in it or in {out}.part; give the --out of a training")
@@ -41,8 +39,8 @@ def points(log: list[dict], name: str) -> np.ndarray:
     if name == "valid":
         pairs = [(line["step"], line["valid"]["rmse"]) for line in log if "valid" in line]
     else:
-        lines = [line for line in log if name in PANELS or name in line]  # of PANELS all, or a KeyError
-        pairs = [(line["step"], line[name]) for line in lines if line["taken"] or name == "lr"]
+        lines = [line for line in log if name in line and (line["taken"] or name == "lr")]
+        pairs = [(line["step"], line[name]) for line in lines]
     return np.array(pairs, dtype=float).reshape(-1, 2).T
 
 
