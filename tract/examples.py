@@ -42,14 +42,10 @@ def check_training_options(args) -> None:
 def read_examples(
     args, path: str | None, need: tuple, cots_of: Callable, tokenizer, score_ids: list[int]
 ) -> list[Example]:
-    """Read records, and encode every (record, CoT) pair that is not too long; [] without a path.
-
-    Raises InputError.
-    """
+    """Encode every (record, CoT) pair of a file that is not too long; [] without one. Raises InputError."""
     if path is None:
         return []
     records = read_records(path, args.grid, need)
-    longest = min(args.max_length, tokenizer.positions)
     examples = []
     quiet = ranks.rank() > 0
     for record in tqdm(records, desc="tokenise", unit="record", delay=5, leave=False, disable=quiet):
@@ -64,7 +60,7 @@ def read_examples(
     share = unknown / sum(len(example.ids) for example in examples)
     if share > 0.05:
         print(f"{path}: {share:.0%} of its tokens are unknown words to {args.model}; is --model right?")
-    return leave_out_too_long(path, examples, longest)
+    return leave_out_too_long(path, examples, min(args.max_length, tokenizer.positions))
 
 
 def leave_out_too_long(path: str, examples: list[Example], longest: int) -> list[Example]:

@@ -24,11 +24,7 @@ EVERY = 10  # steps after which held-out records are judged, the state is saved,
 
 
 def read_options(description: str, defaults: dict[str, dict], loss: dict) -> argparse.Namespace:
-    """Read the options of stage 3, and put `loss` among them, where the code shared with stage 1 looks.
-
-    defaults: those of stage 1, by model.
-    """
-    defaults = {model: settings | loss | {"lr": None} for model, settings in defaults.items()}
+    """Read the options of stage 3, and put `loss` among them, where the code shared with stage 1 looks."""
     parser = make_training_parser(description, stage=3, defaults=defaults)
     add = parser.add_argument_group("stage 3").add_argument
     add("--num-cots", type=number(int, 2), default=4, help="CoTs a prompt (K)")
@@ -39,8 +35,8 @@ def read_options(description: str, defaults: dict[str, dict], loss: dict) -> arg
     what = "−(ŷ − y*)²; 1 if the likeliest score is the nearest to y*, else 0; a control that teaches nothing"
     add("--reward", choices=("squared", "exact", "random"), default="squared", help=what)
     # So that CoTs are drawn from the model's own distribution
-    parser.set_defaults(temperature=1.0, top_p=1.0, repetition_penalty=1.0)
-    parser.set_defaults(warmup=0.0, save_every=EVERY, fsdp=False, dry_run=False)  # shared code reads these
+    parser.set_defaults(lr=None, temperature=1.0, top_p=1.0, repetition_penalty=1.0)
+    parser.set_defaults(**loss, warmup=0.0, save_every=EVERY, fsdp=False, dry_run=False)
     args = parser.parse_args()
     if args.temperature < GREEDY:
         raise InputError("--temperature 0: all CoTs of a prompt would be the same; stage 3 compares them")
@@ -50,10 +46,7 @@ def read_options(description: str, defaults: dict[str, dict], loss: dict) -> arg
 
 
 def load_prompts(args, path: str | None, tokenizer) -> list[Example]:
-    """Read records whose CoTs are still to be written: examples of prompts alone; [] without a path.
-
-    Raises InputError.
-    """
+    """Read records as examples of prompts alone, without CoTs yet; [] without a path. Raises InputError."""
     if path is None:
         return []
     suffix_ids, _ = score_tokens(tokenizer, args.grid)
