@@ -55,12 +55,10 @@ def load_tokenizer(name: str):
 def check_ids(name: str, tokenizer, config) -> None:
     """Refuse token ids beyond the embeddings, but for added tokens that nothing ever writes."""
     added = tokenizer.added_tokens_decoder
-    largest = max(id for id in tokenizer.get_vocab().values() if id not in added)
-    largest = max(
-        largest, *encode_prompt(tokenizer, "a"), tokenizer.eos_token_id or 0, config.pad_token_id or 0
-    )
-    if largest >= config.vocab_size:
-        what = f"token {largest} is beyond the {config.vocab_size} embeddings of the model"
+    ids = [id for id in tokenizer.get_vocab().values() if id not in added]
+    ids += [*encode_prompt(tokenizer, "a"), tokenizer.eos_token_id or 0, config.pad_token_id or 0]
+    if max(ids) >= config.vocab_size:
+        what = f"token {max(ids)} is beyond the {config.vocab_size} embeddings of the model"
         raise InputError(f"{name}: {what}; give it the tokenizer and the pad_token_id that it came with")
 
 
@@ -176,14 +174,14 @@ def load_for_training(
     dtype = torch.bfloat16 if lora_rank and bf16 else torch.float32
     model = load_model(name, dtype, trainable=True, four_bit=four_bit)
     is_adapter = hasattr(model, "peft_config")
-    if lora_rank is None and is_adapter:
-        model = merge(name, model)
-    if lora_rank is not None and not is_adapter:
-        model = add_lora(model, lora_rank)
-    if lora_rank is None and getattr(model, "is_quantized", False):
-        raise InputError(f"{name}: its weights are quantised, which --full can't train; use --lora 8")
     if lora_rank is None:
+        if is_adapter:
+            model = merge(name, model)
+        if getattr(model, "is_quantized", False):
+            raise InputError(f"{name}: its weights are quantised, which --full can't train; use --lora 8")
         model.requires_grad_(True)
+    elif not is_adapter:
+        model = add_lora(model, lora_rank)
     for weight in model.parameters():
         if weight.requires_grad:  # an adapter folder may train whole layers, too, or biases
             weight.data = weight.data.float()
