@@ -27,21 +27,24 @@ def main() -> None:
     prompts = encode_prompts(p_s.tokenizer, records)  # id → token ids
     lengths = {id: len(prompt) for id, prompt in prompts.items()}
     output.begin(p_s, records, lengths)  # leaves out what is too long, goes on after records already written
-    for chunk in output.chunks():
-        # Out of memory? halving() swallows the error, and chunks() yields the same again, fewer at a time
-        with output.halving():
-            chunk_prompts = [prompts[record["id"]].tolist() for record in chunk]
-            # A CoT's random numbers depend only on args.seed, its record's id and its number in the record
-            chunk_cots = write_cots(p_s, chunk, chunk_prompts, args, output.at_once)
-            for record, cots in zip(chunk, chunk_cots, strict=True):
-                # What p_s would give as a score (cot.scores) is dropped; the record keeps its true score
-                fields = {
-                    "cots": [cot.text for cot in cots],
-                    "finished": [cot.finished for cot in cots],
-                    "suffix": args.grid.suffix.strip(),  # what ends a CoT; no part of cot.text
-                    "grid": str(args.grid),
-                }
-                output.add(record, fields)
+
+    def write_chunk(chunk: list[dict], at_once: int) -> list[dict]:
+        """Return the new fields of each record, of CoTs that grow at most `at_once` at a time."""
+        chunk_prompts = [prompts[record["id"]].tolist() for record in chunk]
+        new_fields = []
+        # A CoT's random numbers depend only on args.seed, its record's id and its number in the record
+        for cots in write_cots(p_s, chunk, chunk_prompts, args, at_once):
+            # What p_s would give as a score (cot.scores) is dropped; the record keeps its true score
+            fields = {
+                "cots": [cot.text for cot in cots],
+                "finished": [cot.finished for cot in cots],
+                "suffix": args.grid.suffix.strip(),  # what ends a CoT; no part of cot.text
+                "grid": str(args.grid),
+            }
+            new_fields.append(fields)
+        return new_fields
+
+    output.write(write_chunk)  # chunk after chunk; out of memory, it gives the same again, fewer at a time
     output.finish()
 
 

@@ -34,21 +34,21 @@ def main() -> None:
             lengths[record["id"]] = max(len(cot.ids) for cot in cots)
 
     output.begin(judge, records, lengths)
-    for chunk in output.chunks():
-        # Out of memory? halving() swallows the error, and chunks() yields the same again, fewer at a time
-        with output.halving():
-            chunk_prompts = [prompts[record["id"]].tolist() for record in chunk]
-            if samples_cots:
-                chunk_cots = write_cots(judge, chunk, chunk_prompts, args, output.at_once)
-            else:
-                chunk_cots = []
-                for record, prompt_ids in zip(chunk, chunk_prompts, strict=True):
-                    chunk_cots.append(ready_cots_of(judge, record, prompt_ids, args.given))
-            # CoT-RAIL (tract/judge.py): Σ_v p(v) · v after each CoT, then the mean over CoTs. p is that of
-            # `rail` (loss.py), rounded as --out has it, so that anyone can recompute the prediction
-            fields_of_records = predict_from(judge, chunk_cots, args.renormalise, args.intervals)
-            for record, fields in zip(chunk, fields_of_records, strict=True):
-                output.add(record, fields)
+
+    def judge_chunk(chunk: list[dict], at_once: int) -> list[dict]:
+        """Return the new fields of each record; CoTs that are written grow at most `at_once` at a time."""
+        chunk_prompts = [prompts[record["id"]].tolist() for record in chunk]
+        if samples_cots:
+            cots = write_cots(judge, chunk, chunk_prompts, args, at_once)
+        else:
+            cots = []
+            for record, prompt_ids in zip(chunk, chunk_prompts, strict=True):
+                cots.append(ready_cots_of(judge, record, prompt_ids, args.given))
+        # CoT-RAIL (tract/judge.py): Σ_v p(v) · v after each CoT, then the mean over CoTs. p is that of
+        # `rail` (loss.py), rounded as --out has it, so that anyone can recompute the prediction
+        return predict_from(judge, cots, args.renormalise, args.intervals)
+
+    output.write(judge_chunk)  # chunk after chunk; out of memory, it gives the same again, fewer at a time
     lines = output.finish()  # all lines of the file, also those that an interrupted run wrote
     rows = [json.loads(line) for line in lines]
     print(f"{args.out}: {off_grid_line(rows, args.grid)}")

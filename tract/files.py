@@ -1,14 +1,10 @@
-"""JSONL in, JSONL out, going on where it was cut off.
-
-A script reads its records with `read_data` and hands their new fields to an `Output`, a chunk at a time.
-"""
+"""JSONL in, JSONL out, going on where it was cut off."""
 
 import json
 import shutil
 import time
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -73,7 +69,7 @@ def encode_prompts(tokenizer, records: list[dict]) -> dict[str, array]:
 
 
 class Output:
-    """The file --out in the making: yields records in chunks, the longest first, and takes their new fields.
+    """The file --out in the making: hands records out in chunks, and takes their new fields.
 
     What is finished lies in OUT.part; the same command goes on from there to the same bytes.
     """
@@ -87,7 +83,6 @@ class Output:
         self.started = time.time()
         self.args = args
         self.at_once = args.batch_size  # sequences
-        self.ran_out = False  # of memory, while the chunk in flight was judged
 
     def begin(self, judge: Loaded, records: list[dict], lengths: dict[str, int]) -> None:
         """Leave out what is longer (in tokens) than fits; find what is finished. Raises InputError."""
@@ -110,9 +105,10 @@ class Output:
             runs.write_whole(self.file, lambda file: file.writelines(self.lines.values()))
             print(f"{self.part}: going on after {len(self.lines)} finished records")
 
-    def chunks(self) -> Iterator[list[dict]]:
-        """Yield what is to be judged together, the longest first: if memory runs out, it does so at once.
+    def write(self, judge_chunk: Callable[[list[dict], int], list[dict]]) -> None:
+        """Let judge_chunk(records, sequences at a time) make the new fields of each record, and keep them.
 
+        The longest come first: if memory runs out, it does so at once; then half as many sequences are taken.
         A chunk that an interruption cut off comes whole again, for in other batches sums round differently.
         """
         left = self.longest_first
@@ -121,32 +117,23 @@ class Output:
                 chunk = left[: max(1, CHUNK * self.at_once // self.args.num_cots)]
                 new = [record["id"] for record in chunk if record["id"] not in self.lines]
                 if new:
-                    self.ran_out = False
-                    yield chunk
-                    if self.ran_out:  # `halving` has said so
-                        torch.cuda.empty_cache()  # only now: the error, until it was handled, held tensors
+                    torch.cuda.empty_cache()  # of what the chunk before has left, maybe as memory ran out
+                    try:
+                        new_fields = judge_chunk(chunk, self.at_once)
+                    except torch.OutOfMemoryError:
+                        if self.at_once == 1:
+                            what = "out of memory; lower --max-length or --num-cots"
+                            raise Fault(f"{self.part}: {what}") from None
+                        self.at_once //= 2
+                        tqdm.write(f"out of memory: going on with {self.at_once} sequences at a time")
                         continue  # with a smaller chunk
+                    for record, fields in zip(chunk, new_fields, strict=True):
+                        if record["id"] in new:
+                            self.lines[record["id"]] = runs.to_line(updated(record, fields)).encode()
                     with open(self.file, "ab") as file:
                         file.writelines(self.lines[id] for id in new)
                     bar.update(len(new))
                 left = left[len(chunk) :]
-
-    @contextmanager
-    def halving(self) -> Iterator[None]:
-        """Where memory runs out within it, go on with the same records, half as many sequences at a time."""
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            if self.at_once == 1:
-                raise Fault(f"{self.part}: out of memory; lower --max-length or --num-cots") from None
-            self.at_once //= 2
-            self.ran_out = True
-            tqdm.write(f"out of memory: going on with {self.at_once} sequences at a time")
-
-    def add(self, record: dict, fields: dict) -> None:
-        """Add fields to a record of the chunk, unless it was finished before."""
-        if record["id"] not in self.lines:
-            self.lines[record["id"]] = runs.to_line(updated(record, fields)).encode()
 
     def finish(self) -> list[bytes]:
         """Write run.json, then --out in the order of the data, and print what came out; returns the lines."""
