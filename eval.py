@@ -243,7 +243,7 @@ def main() -> None:
     figure = draw(common, report)
     text = describe(report, common)
     worst = page.worst(common)
-    text += page.left_out(worst, common)
+    text += page.left_out(worst, report["evaluated"])
     write(args.out, report, figure, page.render(worst, text, figure))
     print(text, end="")
 

@@ -15,7 +15,7 @@ from tract import runs
 from tract.records import InputError
 
 PANELS = {"loss": "loss", "ce": "CE", "penalty": "penalty", "valid": "held-out RMSE", "lr": "learning rate"}
-STAGE_3 = {"reward": "mean reward", "finished": "share of finished CoTs"}  # which its log has as well
+PANELS |= {"reward": "mean reward", "finished": "share of finished CoTs"}  # stage 3 alone logs these
 NOISY = ("loss", "ce", "penalty")  # and they fall by an order of magnitude in the first steps
 
 
@@ -53,13 +53,12 @@ def draw(logs: dict[str, list[dict]]):
     from matplotlib.figure import Figure
 
     rcParams["text.parse_math"] = False  # a $ in the name of a folder is no formula
-    panels = PANELS | STAGE_3
-    names = [name for name in panels if any(points(log, name).size for log in logs.values())]
+    names = [name for name in PANELS if any(points(log, name).size for log in logs.values())]
     figure = Figure(figsize=(18, 3.5 + len(logs) / 4), layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False)[0]
     for axis, name in zip(axes, names, strict=True):
         positive = all((points(log, name)[1] > 0).all() for log in logs.values())  # not all in stage 3
-        axis.set(title=panels[name], xlabel="step", yscale="log" if name in NOISY and positive else "linear")
+        axis.set(title=PANELS[name], xlabel="step", yscale="log" if name in NOISY and positive else "linear")
         for number, log in enumerate(logs.values()):
             color = f"C{number}"
             steps, values = points(log, name)

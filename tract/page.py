@@ -29,11 +29,9 @@ def worst(common: dict[str, Predictions]) -> dict[str, Predictions]:
     return {path: Predictions([rows[n] for n in kept], grid) for path, (rows, grid) in common.items()}
 
 
-def left_out(listed: dict[str, Predictions], common: dict[str, Predictions]) -> str:
-    """Return a line that says which records the page lists, "" where these are all."""
-    first = next(iter(common))
-    room = len(listed[first].rows)
-    n = len(common[first].rows)
+def left_out(listed: dict[str, Predictions], n: int) -> str:
+    """Return a line that says which of n records the page lists, "" where these are all."""
+    room = len(next(iter(listed.values())).rows)
     return "" if room == n else f"report.html lists the {room} of {n} records with the largest errors\n"
 
 
