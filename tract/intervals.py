@@ -14,18 +14,14 @@ from tract.records import Grid, InputError, significant
 from tract.scores import Predictions, read_run_json
 from tract.settings import arguments
 
+LEAST = {80: 4, 90: 9}  # level in % → fewest errors that give it: from there on ⌈(n + 1) · level⌉ ≤ n
 WAY = "suffix no_cot given max_new_tokens temperature top_p repetition_penalty".split()  # options that count
-
-
-def rank_of(n: int, level: int) -> int:
-    """Return which of n sorted errors is the half-width at `level` %; beyond n where they are too few."""
-    return math.ceil((n + 1) * level / 100)
 
 
 def half_width(errors: np.ndarray, level: int) -> float | None:
     """Return the half-width at `level` % by absolute errors (n,); None where they are too few for it."""
-    rank = rank_of(len(errors), level)
-    return float(np.sort(errors)[rank - 1]) if rank <= len(errors) else None
+    rank = math.ceil((len(errors) + 1) * level / 100)
+    return float(np.sort(errors)[rank - 1]) if len(errors) >= LEAST[level] else None
 
 
 def calibrate(path: str, file: Predictions, seed: int, groups: list) -> dict:
@@ -46,8 +42,8 @@ def calibrate(path: str, file: Predictions, seed: int, groups: list) -> dict:
     way |= {name: value for name, value in run.get("inputs", {}).items() if name != "data"}
     way |= {"grid": str(grid), "renormalise": rows[0]["renormalised"], "num_cots": len(rows[0]["finished"])}
     found = {"n": len(rows), "way": way, "80 %": None, "90 %": None}
-    for level in (80, 90):
-        if rank_of(len(groups_of_half), level) <= len(groups_of_half):
+    for level, least in LEAST.items():
+        if len(groups_of_half) >= least:
             reach = half_width(errors[in_half], level)
             inside = float(np.mean(errors[~in_half] <= reach))
             found[f"{level} %"] = {"half_width": half_width(errors, level), "inside": inside}
