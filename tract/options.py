@@ -1,7 +1,4 @@
-"""The options of the scripts that run a model, with their defaults.
-
---grid and --suffix become a Grid by `choose_grid`, --intervals what its file says; None may be filled in.
-"""
+"""The options of the scripts that run a model, with their defaults; None may be filled in."""
 
 import argparse
 import json

@@ -26,8 +26,7 @@ def render_prompt(record: dict, grid) -> str:
         if isinstance(text, dict) and name == "rubric":
             text = rubric_text(text, grid)
         texts[name] = "" if text is None else text
-    for name, text in texts.items():
-        if not isinstance(text, str) or (name in ("instruction", "rubric") and not text.strip()):
+        if not isinstance(texts[name], str) or (name in ("instruction", "rubric") and not text.strip()):
             raise ValueError(f"field '{name}' is no text; write one")
 
     # Scores in words: 1 to 5 where they count up one by one, else a list, with what each is worth

@@ -79,14 +79,12 @@ def write_run(path: Path, args: argparse.Namespace, settings: dict, started: flo
         git = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True)
         commit = git.stdout.strip() or None
     inputs = ("model ", "base ", "data", "valid")
-    libraries = {}  # their versions, as they were when the run began
-    for name, value in settings.items():
-        if name.startswith("version of "):
-            libraries[name.removeprefix("version of ")] = value
+    prefix = "version of "  # as they were when the run began
+    versions = {name.removeprefix(prefix): x for name, x in settings.items() if name.startswith(prefix)}
     run = {
         "script": Path(sys.argv[0]).name,
         "git_commit": commit,
-        **libraries,
+        **versions,
         "python": platform.python_version(),
         "wall_seconds": round(time.time() - started, 1),
         "arguments": arguments(args),

@@ -78,10 +78,7 @@ def make_optimiser(model, args, steps: int):
 
 
 class Journal:
-    """Log each step to folder/log.jsonl, save the state every so often, and go on from there.
-
-    The first SIGINT or SIGTERM stops after the step in flight, the second at once.
-    """
+    """Log each step to folder/log.jsonl, save the state every so often, and go on from there."""
 
     def __init__(self, args, folder: Path, model, optimiser, schedule, n_steps: int):
         self.args = args
@@ -109,7 +106,7 @@ class Journal:
             signal.signal(number, handler)
 
     def stop(self, number: int, frame) -> None:
-        """Stop after this step; at the second signal, at once."""
+        """Stop after the step in flight; at the second SIGINT or SIGTERM, at once."""
         if self.stopping:
             signal.default_int_handler(number, frame)
         self.stopping = True
