@@ -46,7 +46,7 @@ def main() -> None:
                 cots.append(ready_cots_of(judge, record, prompt_ids, args.given))
         # CoT-RAIL (tract/judge.py): Σ_v p(v) · v after each CoT, then the mean over CoTs. p is that of
         # `rail` (loss.py), rounded as --out has it, so that anyone can recompute the prediction
-        return predict_from(judge, cots, args.renormalise, args.intervals)
+        return predict_from(judge, cots, args)
 
     output.write(judge_chunk)  # chunk after chunk; out of memory, it gives the same again, fewer at a time
     lines = output.finish()  # all lines of the file, also those that an interrupted run wrote

@@ -44,20 +44,15 @@ def read_missing_scores(judge: Loaded, cots_of_records: list[list[Cot]]) -> None
         cot.scores = distribution
 
 
-def predict_from(
-    judge: Loaded, cots_of_records: list[list[Cot]], renormalise: bool, calibration: dict | None
-) -> list[dict]:
-    """Return what predict.py adds to each record; the prediction is the mean over its CoTs.
-
-    calibration: what intervals.read returns.
-    """
+def predict_from(judge: Loaded, cots_of_records: list[list[Cot]], args) -> list[dict]:
+    """Return what predict.py adds to each record; the prediction is the mean over its CoTs."""
     grid = judge.grid
     read_missing_scores(judge, cots_of_records)
     found = []
     for cots in cots_of_records:
         # Round before computing, so that anyone can compute the prediction from the file
         score_probs = [[significant(p) for p in cot.scores.probs] for cot in cots]
-        prediction, decoded = predicted(score_probs, grid, renormalise)
+        prediction, decoded = predicted(score_probs, grid, args.renormalise)
         fields = {
             "cots": [cot.text for cot in cots],
             "finished": [cot.finished for cot in cots],
@@ -65,10 +60,10 @@ def predict_from(
             "score_probs": score_probs,
             "off_grid": [significant(cot.scores.off_grid) for cot in cots],
             "grid": str(grid),
-            "renormalised": renormalise,
+            "renormalised": args.renormalise,
             "prediction": prediction,  # the mean of Σ_v p(v) · v over the CoTs
             "decoded": decoded,  # the mean of the likeliest scores
-            **intervals.fields(prediction, calibration, grid),
+            **intervals.fields(prediction, args.intervals, grid),
         }
         found.append(fields)
     return found
@@ -137,7 +132,7 @@ class Judge:
                 raise InputError(f"record {number}: has {length} tokens, more than {longest}; shorten it")
         if samples_cots:
             cots = write_cots(self.loaded, rows, prompts, args, args.batch_size)
-        predicted_fields = predict_from(self.loaded, cots, args.renormalise, args.intervals)
+        predicted_fields = predict_from(self.loaded, cots, args)
         return [updated(row, fields) for row, fields in zip(rows, predicted_fields, strict=True)]
 
 
