@@ -33,7 +33,6 @@ def are_numbers(x: Any) -> bool:
 # What a field has to be: a test, and its words in the message
 TEXT = (is_text, "a string; write it as one")
 NUMBER = (is_number, "a number; remove the quotes")
-BOOL = (is_bool, "true or false")
 EXTRAS = {  # what eval.py reads where it is there; so it is checked before the hours of judging
     "ratings": (are_numbers, "a list of numbers"),
     "chosen": (is_bool, "true or false; data/pairs/prepare.py makes records of chosen and rejected texts"),
@@ -45,7 +44,7 @@ EXTRAS = {  # what eval.py reads where it is there; so it is checked before the 
 }
 ALWAYS_READ = EXTRAS | {"id": TEXT, "score": NUMBER}
 READ_IF_NEEDED = {"prompt": TEXT, "cot": TEXT, "prediction": NUMBER, "decoded": NUMBER}
-READ_WITH_PREDICTION = {"suffix": TEXT, "grid": TEXT, "renormalised": BOOL}
+READ_WITH_PREDICTION = {"suffix": TEXT, "grid": TEXT, "renormalised": (is_bool, "true or false")}
 
 
 def check_record(record: dict, grid, need: tuple[str, ...]) -> str | None:

@@ -18,7 +18,6 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
     seed, trained = asked_for(model)
     defaults = defaults_of(seed, defaults) | trained  # a judge goes on as it was trained
     data = str(ROOT / defaults.pop("data"))
-    four_bit = defaults.pop("four_bit", False)
     lora = defaults.pop("lora")
     rank = lora or 8  # the paper's is 8
     # As a text, since argparse takes a number that equals the default for one that was not given
@@ -59,7 +58,7 @@ def make_training_parser(description: str, stage: int, defaults: dict[str, dict]
         add("--fsdp", action="store_true", help="under torchrun: spread weights, gradients, AdamW (--full)")
         add("--save-every", type=COUNT, default=200, help="steps after which the state is saved")
     what = "with --lora: keep the base in 4 bits (NF4, needs bitsandbytes)"
-    add("--4bit", dest="four_bit", action="store_true", default=four_bit, help=what)
+    add("--4bit", dest="four_bit", action="store_true", help=what)
     recompute = argparse.BooleanOptionalAction
     add("--gradient-checkpointing", action=recompute, help="recompute activations: slower, far less memory")
     add_common(parser)
