@@ -132,7 +132,7 @@ class Journal:
         self.bar.update()
         self.bad_steps = 0 if line["taken"] else self.bad_steps + 1
         if not line["taken"]:
-            ids = ", ".join(example.id for example in window)
+            ids = ", ".join(dict.fromkeys(example.id for example in window))  # stage 3: several CoTs each
             self.bar.write(f"step {step} not taken, not finite: {ids}")
         if "valid" in line:
             when = f"step {step}"
