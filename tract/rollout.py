@@ -74,9 +74,7 @@ def write_own(args, judge: Loaded, prompts: list[Example], when: int | str, num_
 
     A CoT that missed the suffix gets it, in its `ids`, and its score is read after it.
     """
-    sampling = argparse.Namespace(**vars(args))
-    sampling.seed = f"{args.seed}/{when}"
-    sampling.num_cots = num_cots
+    sampling = argparse.Namespace(**vars(args) | {"seed": f"{args.seed}/{when}", "num_cots": num_cots})
     records = [{"id": prompt.id} for prompt in prompts]
     ids = [list(prompt.ids) for prompt in prompts]
     check_weights(args, judge, prompts)  # and leave the model in eval mode

@@ -18,9 +18,7 @@ class Predictions(NamedTuple):
     grid: Grid
 
 
-def read_predictions(
-    path: str, grid: str | None = None, cots: int | None = None, renormalise: bool = False
-) -> Predictions:
+def read_predictions(path: str, grid: str | None, cots: int | None, renormalise: bool) -> Predictions:
     """Read a file of predict.py, as it would be with other values of its grid, fewer CoTs, or renormalised.
 
     grid: the same tokens with these values; cots: use the first so many; renormalise: divide each expected
