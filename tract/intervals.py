@@ -70,6 +70,10 @@ def read(args) -> dict | None:
         (entry,) = hub.read_json(Path(args.intervals))["files"].values()
         found = entry["intervals"]
         way = dict(found["way"])
+        n = found["n"]
+        at_90 = found["90 %"]
+        if at_90 is not None:
+            float(at_90["half_width"])  # which `fields` will read
     except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError(f"{name}: no metrics.json of one judge; let eval.py make it of one file") from None
     asked = arguments(args)
@@ -82,8 +86,8 @@ def read(args) -> dict | None:
         if asked.get(option) != value:
             what = f"{option} was {value!r:.40}, is {asked.get(option)!r:.40}"
             raise InputError(f"{name}: {what}; calibrate with predictions made in the same way")
-    if found["90 %"] is None:
-        print(f"{name}: {found['n']} records are too few for 90 %: low and high will be null")
+    if at_90 is None:
+        print(f"{name}: {n} records are too few for 90 %: low and high will be null")
     return found
 
 

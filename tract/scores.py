@@ -67,8 +67,10 @@ def grid_of(path: str) -> Grid:
 def read_run_json(path: str) -> dict:
     """Return arguments and facts of NAME.run.json, if it is of this file: `x` and `x.jsonl` share it."""
     run = read_json(Path(f"{path.removesuffix('.jsonl')}.run.json"))
-    arguments = run.get("arguments", {})
-    belongs = Path(arguments.get("out", path)).name == Path(path).name
+    arguments = run.get("arguments")
+    if not isinstance(arguments, dict):
+        return {}
+    belongs = Path(str(arguments.get("out", path))).name == Path(path).name
     facts = {"inputs": run.get("inputs", {}), "too_long": run.get("too_long", 0)}
     return arguments | facts if belongs else {}
 
