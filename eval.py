@@ -15,7 +15,7 @@ With --pairs it decides pairs of responses by their scores instead, and writes m
     exact, within_one
                   share of records on which these agree, or differ by at most one grid point
     length_bias   correlation of prediction and length of the response (in characters), given the true score;
-                  for records that have a `response`
+                  if every record has a `response`
     ties          share of the pairs of records that are given the same score
 """
 
@@ -219,7 +219,7 @@ def main() -> None:
     add = parser.add_argument
     add("predictions", nargs="*", default=["out/predictions.jsonl"], help="JSONL files of predict.py")
     add("--out", type=Path, default=Path("out/eval"), help="folder for metrics.json, figure.png, report.html")
-    add("--grid", help="other values for the same score tokens; None: the grid that the file says")
+    add("--grid", help="give the score tokens other values; None: those in the file")
     add("--cots", type=runs.COUNT, help="use the first so many CoTs of each record; None: all")
     add("--pairs", action="store_true", help="judge pairs of records: see the fields pair and chosen")
     add("--group", metavar="FIELD", help="resample whole groups: records with the same text in this field")

@@ -28,8 +28,8 @@ def main() -> None:
     lengths = {id: len(prompt) for id, prompt in prompts.items()}
     output.begin(p_s, records, lengths)  # leaves out what is too long, goes on after records already written
 
-    def write_chunk(chunk: list[dict], at_once: int) -> list[dict]:
-        """Return the new fields of each record, of CoTs that grow at most `at_once` at a time."""
+    def sample_chunk(chunk: list[dict], at_once: int) -> list[dict]:
+        """Return each record's new fields; sample at most `at_once` CoTs at a time."""
         chunk_prompts = [prompts[record["id"]].tolist() for record in chunk]
         new_fields = []
         # A CoT's random numbers depend only on args.seed, its record's id and its number in the record
@@ -44,7 +44,7 @@ def main() -> None:
             new_fields.append(fields)
         return new_fields
 
-    output.write(write_chunk)  # chunk after chunk; out of memory, it gives the same again, fewer at a time
+    output.write(sample_chunk)  # chunk after chunk; out of memory, it retries with a lower at_once
     output.finish()
 
 

@@ -39,7 +39,7 @@ def rail(logits: Tensor, *, score_ids: Tensor, score_values: Tensor) -> Rail:
 
 class Loss(NamedTuple):
     total: Tensor  # ce_weight · ce + lam · penalty, with gradient
-    ce: Tensor  # weighted mean cross-entropy per token (with ce_sum per sequence), detached
+    ce: Tensor  # cross-entropy as `mean_ce` returns it, without ce_weight, detached
     penalty: Tensor  # mean penalty per sequence, by default the squared error, detached
 
 
@@ -68,19 +68,19 @@ def cot_raft_loss(
     As in the authors' code, the CE is a mean over tokens, the end of sequence among them; ce_sum=True sums
     it, as the formula does. By default the score has CE, too, as in the formula, unlike in that code.
 
-    logits        (R, V)  at the supervised positions alone, each of which predicts a token of CoT or score
+    logits        (R, V)  at the supervised positions alone: they predict CoT, suffix, score and end
     targets       (R,)    the token to be predicted at each position
     is_score      (R,)    bool, True at the B positions that predict a score
     true_scores   (R,)    y*, real-valued, at these positions; what it holds at the others does not matter
     lam           λ, the weight of the penalty; 0 leaves plain CE
     penalty       squared (score units squared), rps or ntl (score units): see `penalty_of`
-    ce_weight     weight of the CE; 0 leaves the penalty alone
+    ce_weight     weight of the CE; 0 leaves only the penalty
     score_ce      the target of the CE at the score's position (token and two-hot punish off-grid mass):
                   token    the token in `targets`, that of the grid point nearest to y*, as in the formula
                   two-hot  y* split between two tokens: −Σ_v t(v) log p(str(v)) with t = `two_hot`
                   none     no CE at this position, as in the authors' code
     score_weight, ce_sum, n_tokens, n_sequences
-                  what CE and penalty are divided by, and the weight of the score's CE: see `mean_ce`
+                  the weight of the score's CE, and what CE and penalty are divided by: see `mean_ce`
     weights       (R,)  of the CE at each position: in stage 3 the advantage of its CoT; None: all 1
 
     Worked example: one sequence, V = 4, scores 1 and 5 are the tokens 2 and 3, y* = 5. One CoT token has
@@ -141,7 +141,7 @@ def advantages(rewards: Tensor, kind: str = "leave-one-out") -> Tensor:
     """Return by how much each of K CoTs of a prompt did better than its siblings: (..., K) → (..., K).
 
     K CoTs c of the model's own, weighted by A, estimate the gradient of the expected reward r(c). The model
-    decides r(c), too, for it scores after c: that is the term ∇ r (arXiv 2603.17145):
+    also scores after c, so r(c) depends on its weights, too: hence the term ∇ r (arXiv 2603.17145):
 
         ∇ E[r(c)] = E[r ∇ log p(c | x) + ∇ r]  ≈  1/K Σ_i (A_i ∇ log p(c_i | x) + ∇ r(c_i))
 
@@ -164,7 +164,7 @@ def penalty_of(
 ) -> Tensor:
     """Return what λ weighs, (B,): how far each score distribution is from its true score y (B,).
 
-    Where like records have different scores y, as raters disagree, each penalty prefers another p:
+    Where alike records differ in y, as raters disagree, each penalty is least at another p:
 
     squared  (Σ_v p(v) · v − y)², RAFT's. Least where the expected score is the mean of y. Mass off the grid
              counts as a score of 0.

@@ -20,9 +20,9 @@ from tract.writing import load_judge, write_cots
 def main() -> None:
     args = make_judging_parser(__doc__).parse_args()
     args.grid = choose_grid(args)  # a Grid: that of --grid, else the one that the judge was trained on
-    args.intervals = intervals.read(args)  # the path becomes the content of that file; None: not given
+    args.intervals = intervals.read(args)  # until here a path, now that file's content, or None
     output = Output(args)
-    records = read_data(args, needs=NEEDS[args.given])  # with --given, also CoTs
+    records = read_data(args, needs=NEEDS[args.given])  # --given says which CoTs, if any
     judge = load_judge(args.model, args.grid, args.bf16, args.engine, args.engine_args)
     samples_cots = has_to_sample(args)  # not with --given, nor with --no-cot
     prompts = encode_prompts(judge.tokenizer, records)  # id → token ids
@@ -36,19 +36,19 @@ def main() -> None:
     output.begin(judge, records, lengths)
 
     def judge_chunk(chunk: list[dict], at_once: int) -> list[dict]:
-        """Return the new fields of each record; CoTs that are written grow at most `at_once` at a time."""
+        """Return each record's new fields; sample at most `at_once` CoTs at a time."""
         chunk_prompts = [prompts[record["id"]].tolist() for record in chunk]
         if samples_cots:
-            cots = write_cots(judge, chunk, chunk_prompts, args, at_once)
+            cots_of_chunk = write_cots(judge, chunk, chunk_prompts, args, at_once)
         else:
-            cots = []
+            cots_of_chunk = []
             for record, prompt_ids in zip(chunk, chunk_prompts, strict=True):
-                cots.append(ready_cots_of(judge, record, prompt_ids, args.given))
+                cots_of_chunk.append(ready_cots_of(judge, record, prompt_ids, args.given))
         # CoT-RAIL (tract/judge.py): Σ_v p(v) · v after each CoT, then the mean over CoTs. p is that of
-        # `rail` (loss.py), rounded as --out has it, so that anyone can recompute the prediction
-        return predict_from(judge, cots, args)
+        # `rail` (loss.py), rounded to what --out holds, so that anyone can recompute the prediction
+        return predict_from(judge, cots_of_chunk, args)
 
-    output.write(judge_chunk)  # chunk after chunk; out of memory, it gives the same again, fewer at a time
+    output.write(judge_chunk)  # chunk after chunk; out of memory, it retries with a lower at_once
     lines = output.finish()  # all lines of the file, also those that an interrupted run wrote
     rows = [json.loads(line) for line in lines]
     print(f"{args.out}: {off_grid_line(rows, args.grid)}")

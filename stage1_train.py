@@ -100,15 +100,15 @@ def supervised_states(model, batch: dict[str, Tensor], bf16: bool) -> Tensor:
     The head, which makes logits of them, sees these positions alone.
     """
     with autocast(bf16):
-        decoded = model.get_decoder()(input_ids=batch["ids"], use_cache=False)
-    return decoded.last_hidden_state[batch["supervised"]]  # (B, T, D) → (R, D)
+        output = model.get_decoder()(input_ids=batch["ids"], use_cache=False)
+    return output.last_hidden_state[batch["supervised"]]  # (B, T, D) → (R, D)
 
 
 def loss_in_parts(model, states: Tensor, batch: dict, loss_options: dict, bf16: bool) -> Iterator[Loss]:
     """Yield the loss of a few supervised positions at a time: no more than MAX_LOGITS exist at once.
 
     loss_options: the arguments of cot_raft_loss that `batch` does not hold. If the divisors n_tokens and
-    n_sequences of a step are among them, the parts add up to the batch's share of its loss.
+    n_sequences of a step are among them, they add up to the batch's share of the step's loss.
     """
     size = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
     for start in range(0, len(states), size):
@@ -130,7 +130,7 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, args)
     split.
     """
     n_tokens = sum(example.n_supervised for example in window)
-    if args.score_ce == "none":  # each sequence has one token without CE (stage 3 divides by no n_tokens)
+    if args.score_ce == "none":  # the score tokens have no CE (stage 3 does not use n_tokens)
         n_tokens -= len(window)
     divisors = {"n_tokens": n_tokens, "n_sequences": len(window)}
     loss_options = divisors | loss_options  # the right side wins: stage 3 brings its own n_sequences
@@ -143,7 +143,7 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, args)
         # and go through the head part by part. Each part fills in its rows of cut.grad, the gradient that
         # then goes through the decoder.
         cut = states.detach().requires_grad_()
-        cut.grad = torch.zeros_like(cut)  # stays so where no position carries loss: torchrun, an idle process
+        cut.grad = torch.zeros_like(cut)  # remains so in a batch without loss (an idle process of torchrun)
         for part in loss_in_parts(model, cut, batch, loss_options, args.bf16):
             part.total.backward()
             sums += torch.stack([part.total.detach(), part.ce, part.penalty])
@@ -154,7 +154,7 @@ def accumulate_gradients(model, window: list[Example], loss_options: dict, args)
 def take_step(model, window: list[Example], loss_options: dict, optimiser, args) -> dict:
     """Take an optimiser step, unless something in it is not finite; return what log.jsonl says of it."""
     sums = accumulate_gradients(model, window, loss_options, args)
-    # In place, over all processes of torchrun; without it there is one, and nothing to add
+    # Sums in place over the processes of torchrun; without torchrun it does nothing
     ranks.add_up([sums, *ranks.gradients(model)])
     norm = ranks.clip(model, args.clip or math.inf)
     loss, ce, penalty = sums.tolist()
@@ -181,7 +181,7 @@ def train(args, model, plan: list[list], held_out: list, loss_options: dict, fol
             if held_out and step % steps_per_epoch == 0:
                 line["valid"] = evaluate(model, held_out, loss_options, args)
             journal.end_step(window, line)
-    # Every loss in the log was computed before its step: without --valid nothing has tried the last weights
+    # Logged losses precede their steps: without --valid nothing has tried the last weights
     last = evaluate(model, plan[-1], loss_options, args)
     if not math.isfinite(last["ce"]):
         raise Fault(f"{folder}: the last steps spoilt the weights; remove it, and try a lower --lr")
@@ -233,7 +233,7 @@ def run_stage(args, need: tuple[str, ...], cots_of: Callable[[dict], list[str]])
     folder, settings, _lock = training.begin(args)  # OUT.part; the lock is held until the end
     torch.manual_seed(args.seed)
     checkpointing = args.gradient_checkpointing
-    # The seed, with A.4 p_s; `train` makes p_s of it (stage 1) or p_tract (stage 2)
+    # The seed (A.4: p_s); after `train`, p_s (stage 1) or p_tract (stage 2)
     model = models.load_for_training(args.model, args.lora, checkpointing, args.bf16, args.four_bit)
     if args.fsdp:
         ranks.spread(model)

@@ -31,10 +31,11 @@ def main() -> None:
     shortened = []  # ids of records that lost a CoT; cots_of fills it while run_stage reads the data
 
     def cots_of(record: dict) -> list[str]:
-        """Return the CoTs of a record to train on; where one is left out, its id goes into `shortened`."""
+        """Return a record's CoTs to train on; if one is left out, the record's id goes into `shortened`."""
         if "prediction" in record:  # a file of predict.py, which has the same fields
             raise InputError(f"record {record['id']!r} is a prediction; make training data with gen_cot.py")
-        written_for = record.get("grid", str(args.grid))  # not every file says it
+        # Not every file says it. What it says of the suffix was checked as it was read
+        written_for = record.get("grid", str(args.grid))
         if written_for != str(args.grid) and not grid_was_given:  # a --grid that was given wins
             what = f"its CoT was written for the scores {written_for}, not {args.grid}"
             raise InputError(f"record {record['id']!r}: {what}; give --grid {written_for}")

@@ -1,18 +1,18 @@
-"""Stage 3: p_tract writes CoTs, and those after which it judged best are reinforced (REAL, arXiv 2603.17145).
+"""Stage 3: p_tract writes CoTs; those after which it judged better are reinforced (REAL, arXiv 2603.17145).
 
     python stage3_train.py --model out/run/stage2 --data train.jsonl --valid valid.jsonl --out out/run/stage3
 
-It takes stage 1's steps, on K CoTs that the model in training writes itself for each prompt x. The CE of CoT
-i is weighted by A_i: its reward −(ŷ_i − y*)² less the mean of its siblings' (`advantages` in loss.py). The
-squared error flows through the expected score ŷ_i after it, as ever:
+It takes stage 1's steps, on K CoTs (--num-cots) that the model in training writes itself for each prompt x.
+The CE of CoT i is weighted by A_i: its reward −(ŷ_i − y*)² less the mean of its siblings' (`advantages` in
+loss.py). The squared error flows through the expected score ŷ_i after it, as ever:
 
     1/K Σ_i (−A_i log p(CoT_i | x) + β (ŷ_i − y*)²)        cot_raft_loss with the weights A, and λ = β
 
 With β = 1 and the default --reward and --advantage, its gradient is an unbiased estimate of ∇ E[(ŷ − y*)²]
 over the model's own CoTs. For that they have to be drawn from p itself: temperature, top_p and repetition
-penalty are 1 by default. REAL's reward also has a multiple of log p(y* | x, CoT), here left out. Every 10
-steps held-out records (--valid) are judged on CoTs of the model's own; --out gets the weights with the lowest
-RMSE there, maybe those before training.
+penalty are 1 by default. REAL's reward also has a multiple of log p(y* | x, CoT), here left out. Before,
+after and every 10 steps held-out records (--valid) are judged on CoTs of the model's own; --out gets the
+weights with the lowest RMSE there, maybe those before training. Without --valid it gets the last.
 """
 
 import time
@@ -48,13 +48,13 @@ def rewards_of(args, step: int, prompt: Example, cots: list[Cot]) -> torch.Tenso
 def examples_of(prompt: Example, cot: Cot, advantage: float) -> list[Example]:
     """Return what to train on for a CoT: A weighs all tokens that were sampled, and none that was forced."""
     start = len(prompt.ids)
-    end = len(cot.ids)  # of prompt, CoT and suffix
+    end = len(cot.ids)  # cot.ids: prompt, CoT and suffix
     # Any token will do as the score, 0 here: only its distribution is looked at
     scored = prompt._replace(ids=[*cot.ids, 0], start=end, score_position=end)
     if cot.ids[start:] == cot.sampled:
         return [scored._replace(start=start, weight=advantage)]
     # The suffix was forced, or the text is encoded otherwise than it was sampled: what was sampled becomes an
-    # example of its own; its score_position lies beyond its end, where collate supervises nothing
+    # example of its own. Its score_position lies past its end, so it has no score
     sampled = [*prompt.ids, *cot.sampled]
     policy = prompt._replace(ids=sampled, start=start, score_position=len(sampled), weight=advantage)
     return [policy, scored]
@@ -65,15 +65,15 @@ def write_window(args, judge: Loaded, prompts: list[Example], step: int) -> tupl
     groups = rollout.write_own(args, judge, prompts, step, args.num_cots)
     window = []
     rewards = []
-    sizes = []  # |A| of each CoT
+    absolute = []  # |A| of each CoT
     for prompt, cots in zip(prompts, groups, strict=True):
         rewards_of_prompt = rewards_of(args, step, prompt, cots)  # (K,)
         rewards += rewards_of_prompt.tolist()
         advantages_of_prompt = advantages(rewards_of_prompt, args.advantage).tolist()
         for cot, advantage in zip(cots, advantages_of_prompt, strict=True):
             window += examples_of(prompt, cot, advantage)
-            sizes.append(abs(advantage))
-    return window, {"reward": mean(rewards), "advantage": mean(sizes), **rollout.facts_of(groups)}
+            absolute.append(abs(advantage))
+    return window, {"reward": mean(rewards), "advantage": mean(absolute), **rollout.facts_of(groups)}
 
 
 def train(args, judge: Loaded, plan: list, held_out: list[Example], folder: Path) -> dict:
@@ -84,7 +84,7 @@ def train(args, judge: Loaded, plan: list, held_out: list[Example], folder: Path
     loss_options = judge.score_tensors | LOSS | {"lam": args.lam}  # λ = β
     with training.Journal(args, folder, model, optimiser, schedule, args.steps) as journal:
         log = curves.read_log(folder) if journal.done else []
-        # Before training; or the earlier run was killed just before the call below
+        # The initial weights, or those of a step that was killed before its own keep_best
         rollout.keep_best(folder, model, journal.done, log, held_out)
         for step, prompts in journal.remaining(plan):
             window, facts = write_window(args, judge, prompts, step)
@@ -115,7 +115,7 @@ def main() -> None:
     prompts = rollout.load_prompts(args, args.data, tokenizer)
     held_out = rollout.load_prompts(args, args.valid, tokenizer)  # [] without --valid
     print(f"{len(prompts)} prompts, {len(held_out) or 'none'} held out; {args.steps} steps")
-    plan = rollout.plan_steps(prompts, args.prompts, args.steps, args.seed)
+    plan = rollout.plan_steps(prompts, args.prompts, args.steps, args.seed)  # args.prompts: how many a step
     folder, settings, _lock = training.begin(args)  # the lock is held until the end
     torch.manual_seed(args.seed)
     checkpointing = args.gradient_checkpointing

@@ -3,9 +3,9 @@
     prompt ids | CoT ids, suffix ids | score id     | end of sequence
     no loss    | CE                  | CE, penalty  | CE
 
-The suffix is " So the overall score is ", spaces included. Training, writing and scoring all encode through
-this file, so a CoT is read exactly as it was trained on. Chat templates, and text that looks like a control
-token: text.py.
+The suffix (grid.suffix) is by default " So the overall score is ", with these spaces. Training, writing and
+scoring all encode through this file, so a CoT is read exactly as it was trained on. Chat templates, and text
+that looks like a control token: text.py.
 """
 
 from array import array
@@ -31,13 +31,13 @@ class Example(NamedTuple):  # one training sequence; in stage 3 also a prompt th
 def encode(tokenizer, record: dict, grid: Grid, score_ids: list[int], no_cot: bool = False) -> Example:
     """Encode a record with `prompt`, `cot` and `score` as a training sequence. Raises InputError.
 
-    Without CoT the suffix is always given, never predicted: only score and end of sequence carry loss.
+    With no_cot the suffix is given, not predicted: only score and end of sequence carry loss.
     """
     prompt_ids = encode_prompt(tokenizer, record["prompt"])
     nearest = grid.nearest(record["score"])  # index of the grid point whose token stands in the text
     cot = "" if no_cot else record["cot"]
     target = encode_target(tokenizer, cot, grid.tokens[nearest], grid.suffix)
-    if target[-1] != score_ids[nearest]:  # a few tokenizers split a text otherwise after another beginning
+    if target[-1] != score_ids[nearest]:  # a few tokenizers split the end of a text by what precedes it
         raise InputError(f"record {record['id']!r}: its score became token {target[-1]}; change its cot")
     ids = array("i", [*prompt_ids, *target, tokenizer.eos_token_id])
     score_position = len(ids) - 2
@@ -65,7 +65,8 @@ def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
 
     A sample CoT with suffix and score is tokenised: its last token is the score; what lies between CoT
     and score is the suffix. This works where space and digit are one token (GPT-2: " 4") and where the space
-    is one of its own (Mistral, Llama-3). Raises InputError where scores do not differ in just that token.
+    is one of its own (Mistral, Llama-3). Raises InputError where scores do not differ in just that token,
+    and where the tokenizer has no end of sequence or does not know the suffix.
     """
     name = tokenizer.name_or_path or "tokenizer"
     if tokenizer.eos_token_id is None:
@@ -90,6 +91,6 @@ def score_tokens(tokenizer, grid: Grid) -> tuple[list[int], list[int]]:
     while n_shared < len(cot_ids) and cot_ids[n_shared] == first[n_shared]:
         n_shared += 1
     suffix_ids = first[n_shared:-1]
-    if not suffix_ids or tokenizer.unk_token_id in suffix_ids:  # then no CoT could be seen to reach it
+    if not suffix_ids or tokenizer.unk_token_id in suffix_ids:  # then no CoT is seen to reach it
         raise InputError(f"{name}: its tokenizer does not know the suffix; is it the model's own?")
     return suffix_ids, score_ids
