@@ -296,7 +296,7 @@ def test_committed_tables_of_people_s_scores_come_from_the_committed_predictions
                 found = [METRICS[name](predicted, kept[1]) for name in METRICS_SHOWN]
                 assert np.nan_to_num(found) == pytest.approx(numbers)  # r of a constant counts as 0
                 real.check_pack(f"{committed}/{task}/{seed}", settings[task])
-    for task, n in (("ists", 17), ("feedbackqa", 5), ("ists-cpu", 4)):
+    for task, n in (("ists", 17), ("feedbackqa", 5), ("ists-cpu", 6)):
         kept = ablations.packed(f"{committed}/{task}/tried")  # on validation records
         own = {name: probs for name, probs in kept.items() if probs.ndim == 3 and "annotated" not in name}
         assert len(own) == n
@@ -371,22 +371,23 @@ def test_what_is_said_of_the_rows_on_a_cpu_is_kept():
     cells = json.loads((committed / "ists-cpu.json").read_text("utf-8"))["cells"]
     r = {c["row"]: c["pearson"]["mean"] for c in cells if (c["test"], c["reading"]) == ("test", "rail")}
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    for row in ("ce-w1-3e-4", "tract-3e-4"):
+    for row in ("token-3e-4", "ce-w1-3e-4", "tract-3e-4"):
         r[row], rmse = (METRICS[name](*judged("ists-cpu", f"{row}.test")) for name in METRICS_SHOWN)
         found = f"| {r[row]:.3f} | {rmse:.3f} | {np.mean(errors[row][-100:]):.2f} |"
         assert found.replace("0.", ".") in (committed / "tried.md").read_text("utf-8")
     rows = ("token", "ce-w1", "tract", "tract-3e-4", "ce-w1-3e-4")
     text = "CE rises from {} to {} (sentences, half the epochs, one seed); TRACT has {}, but {} to CE's {} at"
     assert text.format(*(f"{r[row]:.2f}".removeprefix("0") for row in rows)) in readme
-    rows = ("token", "ce-w1", "ce-w1-3e-4", "tract-0.02", "tract", "tract-3e-4", "two-hot-w1")
-    text = "| CE | {} | {} (`--score-weight 1`) | {} | | CE and squared error | {} (`--lambda 0.02`) |"
-    text += " {} (TRACT) | {} | | two-hot CE | | {} |"
+    rows = ("token", "token-3e-4", "ce-w1", "ce-w1-3e-4", "tract-0.02", "tract", "tract-3e-4", "two-hot-w1")
+    text = "| CE | {} | {} | {} (`--score-weight 1`) | {} | | CE and squared error | {} (`--lambda 0.02`) |"
+    text += " | {} (TRACT) | {} | | two-hot CE | | | {} |"
     assert text.format(*(f"{r[row]:.3f}".removeprefix("0") for row in rows)) in page
     for row, other, low, high, text in (
         ("ce-w1", "token", 0.18, 0.29, "as much as its CoT is worth {} [.18, .29] with CE"),
+        ("ce-w1-3e-4", "token-3e-4", 0.22, 0.33, "({} [.22, .33] at a learning rate of 3e-4)"),
         ("tract", "tract-0.02", 0.17, 0.27, "and {} [.17, .27] with the squared error."),
         ("tract-0.02", "token", 0.03, 0.11, "is {} [.03, .11] ahead where the score weighs a token;"),
-        ("tract", "ce-w1", 0.03, 0.09, "no better: {} [.03, .09] ahead at a learning rate of 1e-4"),
+        ("tract", "ce-w1", 0.03, 0.09, "no better: {} [.03, .09] ahead at 1e-4"),
         ("ce-w1-3e-4", "tract-3e-4", 0.00, 0.06, "{} [.00, .06] behind at 3e-4"),
         ("tract", "two-hot-w1", 0.05, 0.11, "({} [.05, .11] of two-hot CE)"),
         ("tract", "a2", 0.10, 0.19, "behind TRACT (on a CPU {} [.10, .19]),"),
