@@ -12,7 +12,7 @@
 #                        GPU, hours on a CPU; files under out/real (TASKS=ists for one of the two, JOBS=14 for so many
 #                        commands at a time; data/*/README.md says where the data are; TASKS=saf SAF=DIR for a third
 #                        task, with two tests; ists-cpu and saf-cpu are what two cores train in hours)
-#   make test            the tests
+#   make test            lint, then the tests (make lint: only that)
 #   make test-vllm ISTS=DIR
 #                        vLLM beside our own engine: the same scores and CoTs? (its CPU build, in .venv-vllm)
 #   make clean           remove out/demo and out/sweep
