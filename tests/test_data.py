@@ -380,12 +380,17 @@ def test_a_pipe_is_a_file_and_a_folder_is_none(tmp_path):
 
 def test_the_readme_is_short_and_links_lead_to_what_they_name():
     assert len((ROOT / "README.md").read_bytes()) <= 12_288
-    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/*/README.md")]:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[!.]*/*/*.md")]:
         for text, target in re.findall(r"\[([^]]*)\]\((?!http)([^)#]+)", page.read_text("utf-8")):
             linked = page.parent / target
             assert linked.exists(), f"{page.name}: {target}"
             for name in re.findall(r"`(\w+)`", text) if target.endswith(".py") else ():
                 assert re.search(rf"^(def|class) {name}\b", linked.read_text("utf-8"), re.M), name
+        for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", page.read_text("utf-8")):
+            linked = page.parent / target if target else page
+            headings = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), re.M)
+            anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, f"{page.name}: {target}#{anchor}"
 
 
 def test_the_readme_shows_what_the_demo_printed():
