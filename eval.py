@@ -161,7 +161,7 @@ def bootstrap(file: Predictions, kind: str, picks: Iterable[np.ndarray]) -> dict
     return {name: np.array([values[name] for values in samples]) for name in samples[0]}
 
 
-def interval(samples: np.ndarray) -> dict:
+def confidence_interval(samples: np.ndarray) -> dict:
     """Return the value on the data (entry 0) and the 95 % percentile interval; None where undefined."""
     value = samples[0]
     resampled = samples[1:]
@@ -201,10 +201,10 @@ def compare(
             entry[kind] = {}
             entry["difference"][kind] = {}
             for name, values in samples[path][kind].items():
-                entry[kind][name] = interval(values)
+                entry[kind][name] = confidence_interval(values)
                 if name in samples[reference][kind]:  # length_bias may be missing there
                     difference = values - samples[reference][kind][name]  # 0 for the first file itself
-                    entry["difference"][kind][name] = interval(difference)
+                    entry["difference"][kind][name] = confidence_interval(difference)
             # Without interval: a resample holds records twice, which are tied with themselves
             entry[kind]["ties"] = ties(np.array([row[kind] for row in file.rows]))
         entry["against_others"] = against_others(file.rows, "prediction")  # the judge in a rater's place
@@ -236,7 +236,7 @@ def main() -> None:
     for path in args.predictions:
         files[path] = read_predictions(path, args.grid, args.cots, args.renormalise)
     if args.pairs:
-        write(args.out, pairs.evaluate(files, args.resamples, args.seed, interval_of=interval))
+        write(args.out, pairs.evaluate(files, args.resamples, args.seed, interval_of=confidence_interval))
         return
     common = keep_common(files)
     report = compare(files, common, args.resamples, args.seed, args.group)

@@ -30,7 +30,7 @@ from transformers import MistralForCausalLM  # noqa: F401, so that forked comman
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.tiny import ideal
-from eval import draw_resamples, interval
+from eval import confidence_interval, draw_resamples
 from loss import two_hot
 from tract import runs
 from tract.hub import sha256
@@ -370,7 +370,7 @@ def summarise(
         cell["tied"] = float(stacked.tied.mean())
         for metric, values in metrics_of(stacked, true[records_of(row, test)]).items():
             sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            within = interval(samples[metric])
+            within = confidence_interval(samples[metric])
             cell[metric] = {"per_seed": values.tolist(), "mean": float(values.mean()), "sd": sd}
             cell[metric] |= {"low": within["low"], "high": within["high"]}
         # TRACT with CoTs of its own, on the same prompts
@@ -379,7 +379,9 @@ def summarise(
         if shared and reference != key:
             _, ours = stack(key, shared)
             _, theirs = stack(reference, shared)
-            cell["difference"] = {metric: interval(ours[metric] - theirs[metric]) for metric in ours}
+            cell["difference"] = {
+                metric: confidence_interval(ours[metric] - theirs[metric]) for metric in ours
+            }
             cell["reference"] = reference[0]
         cells.append(cell)
     records = {name: len(scores) for name, scores in true.items()}
