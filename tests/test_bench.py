@@ -20,7 +20,7 @@ from transformers import MistralConfig
 
 import stage1_train
 from data.tiny import ideal, prepare
-from eval import METRICS, against_others
+from eval import METRICS, against_others, draw_resamples
 from results.real import draw
 from results.speed.draw import tables
 from tract import models
@@ -458,6 +458,30 @@ def test_what_is_said_of_saf_is_kept():
     numbers = [*(np.mean(errors[row][-50:]) for row in rows), kept["variance"]]
     text = "is still {}, {} and {}, with a variance of {}:"
     assert text.format(*(f"{x:.3f}".removeprefix("0") for x in numbers)) in page
+
+
+def test_saf_with_a_heavier_squared_error_is_as_said():
+    committed = real.SETTINGS.parent
+    page = " ".join((committed / "README.md").read_text("utf-8").split())
+    question = np.load(committed / "saf-cpu/questions.npz")["question"].tolist()
+    heavy, light, a2 = (judged("saf-cpu", f"{row}.unseen_answers") for row in ("tract-16", "tract", "a2"))
+    for better, worse, low, high, text in (
+        (heavy, light, -0.003, 0.064, "{:.3f} [-.003, .064] more,"),
+        (a2, heavy, -0.06, 0.08, "as 1 on scores of 1 to 5, {:.2f} [-.06, .08]."),
+    ):
+        apart = []
+        for picked in draw_resamples(question, 1000, seed=1):
+            r = [METRICS["pearson"](predicted[picked], true[picked]) for predicted, true in (better, worse)]
+            apart.append(r[0] - r[1])
+        assert text.format(apart[0]).replace("0.", ".") in page
+        assert np.percentile(apart[1:], [2.5, 97.5]) == pytest.approx([low, high], abs=0.01)
+    numbers = [METRICS["pearson"](*heavy), METRICS["rmse"](*heavy)]
+    numbers.append(METRICS["rmse"](*judged("saf-cpu", "tract-16.unseen_questions")))
+    errors = json.loads((committed / "saf-cpu/squared_error.json").read_text("utf-8"))
+    numbers.append(np.mean(errors["tract-16"][-50:]))
+    text = "r {:.3f} on unseen answers, .024 [-.003, .064] more, and an RMSE of {:.3f} and {:.3f} (before,"
+    text += " .280 and .241); its squared error in training ends at {:.3f}."
+    assert text.format(*numbers).replace("0.", ".") in page
 
 
 def test_means_of_groups_are_those_of_training():
