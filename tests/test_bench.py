@@ -480,7 +480,8 @@ def test_saf_with_a_heavier_squared_error_is_as_said():
     errors = json.loads((committed / "saf-cpu/squared_error.json").read_text("utf-8"))
     numbers.append(np.mean(errors["tract-16"][-50:]))
     text = "r {:.3f} on unseen answers, .024 [-.003, .064] more, and an RMSE of {:.3f} and {:.3f} (before,"
-    text += " .280 and .241); its squared error in training ends at {:.3f}."
+    text += " .280 and .241); its squared error in training ends at {:.3f}. RAFT keeps its r ({:.3f})."
+    numbers.append(METRICS["pearson"](*judged("saf-cpu", "raft-16.unseen_answers")))
     assert text.format(*numbers).replace("0.", ".") in page
 
 
