@@ -107,8 +107,8 @@ def supervised_states(model, batch: dict[str, Tensor], bf16: bool) -> Tensor:
 def loss_in_parts(model, states: Tensor, batch: dict, loss_options: dict, bf16: bool) -> Iterator[Loss]:
     """Yield the loss of a few supervised positions at a time: no more than MAX_LOGITS exist at once.
 
-    loss_options: the arguments of cot_raft_loss that `batch` does not hold. If the divisors n_tokens and
-    n_sequences of a step are among them, they add up to the batch's share of the step's loss.
+    loss_options: the arguments of cot_raft_loss that `batch` does not hold. With the divisors n_tokens and
+    n_sequences of a step among them, the parts add up to the batch's share of the step's loss.
     """
     size = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
     for start in range(0, len(states), size):

@@ -404,7 +404,7 @@ def make_parser(description: str, rows: list[str], out: str) -> argparse.Argumen
 
 
 def predict(args, tests: dict, setup: Setup) -> list[str]:
-    """Run all that the rows need (--measured: nothing) and return the folder of each seed; --show ends."""
+    """Run all that the rows need, with --measured nothing; return the folder of each seed. --show exits."""
     folders = [f"{args.out}/seed{seed}" for seed in args.seeds]
     if args.measured:
         return folders

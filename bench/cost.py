@@ -11,6 +11,7 @@ import torch
 from memory import SHAPES, estimate, shape_of  # which puts the repository into sys.path
 from transformers import LlamaConfig
 
+from results.speed.draw import PEAK
 from results.tables import table
 from tract import runs
 
@@ -18,7 +19,6 @@ PROMPT = 1200  # tokens
 COT = 130  # tokens
 EPOCHS = 2  # passes over the data in each stage
 # Of an H100 SXM, whose data sheet says 989 TFLOPs in bf16 and 3.35 TB a second, the assumed share
-PEAK = 989e12
 TRAINING = 0.4 * PEAK
 READING = 0.5 * PEAK
 WRITING = 0.6 * 3.35e12

@@ -75,6 +75,7 @@ def authors_step(model, window: list, scores: dict, optimiser, args) -> dict:
 
 
 def with_loop(take_step, model, windows: list, scores: dict, args) -> dict:
+    """Take a step for each window; return what the last one has found, and its seconds."""
     optimiser, _ = training.make_optimiser(model, args, len(windows))
     clock = Clock()
     for window in windows:
@@ -85,6 +86,7 @@ def with_loop(take_step, model, windows: list, scores: dict, args) -> dict:
 
 
 def with_trainer(is_trl: bool, model, windows: list, scores: dict, args) -> dict:
+    """Do the same with Hugging Face's Trainer and the authors' loss, or with TRL's SFTTrainer and CE."""
     settings = {"max_steps": len(windows), "per_device_train_batch_size": args.batch_size}
     settings |= {"learning_rate": args.lr, "max_grad_norm": args.clip, "logging_steps": 1}
     settings |= {"bf16": args.bf16, "use_cpu": not ON_GPU, "dataloader_pin_memory": False}

@@ -104,11 +104,13 @@ def test_curves_leave_out_steps_not_taken_and_mark_them():
 
 
 def test_runs_ended_and_under_way_in_one_picture(lab):
-    for folder in ("ended", "on.part", "empty", "other"):
+    for folder in ("ended", "on.part", "empty", "other", "list", "stepless"):
         (lab.path / folder).mkdir()
     lab.write("ended/log.jsonl", [line(1, 2.0)])
     lab.write("empty/log.jsonl", [])
     lab.write("other/log.jsonl", [{"step": 1, "taken": True}])
+    lab.write("list/log.jsonl", [[1]])
+    lab.write("stepless/log.jsonl", [{"taken": True, "lr": 1}])
     under_way = lab.write("on.part/log.jsonl", [line(1, 3.0), line(2, 2.0)])
     with open(under_way, "a") as log:
         log.write('{"step": 3, "ta')
@@ -120,6 +122,8 @@ def test_runs_ended_and_under_way_in_one_picture(lab):
     for name, message in {
         "empty": "has no step yet",
         "other": "no training wrote it",
+        "list": "no training wrote it",
+        "stepless": "no training wrote it",
         "none": "no log.js",
     }.items():
         code, said = lab.fail("tract.curves", lab.path / name, "--out", lab.path / "x.png")

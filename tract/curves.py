@@ -15,7 +15,7 @@ from tract import runs
 from tract.records import InputError
 
 PANELS = {"loss": "loss", "ce": "CE", "penalty": "penalty", "valid": "held-out RMSE", "lr": "learning rate"}
-PANELS |= {"reward": "mean reward", "finished": "share of finished CoTs"}  # stage 3 alone logs these
+STAGE_3 = {"reward": "mean reward", "finished": "share of finished CoTs"}  # which its log has as well
 NOISY = ("loss", "ce", "penalty")  # and they fall by an order of magnitude in the first steps
 
 
@@ -26,9 +26,11 @@ def read_log(out: Path) -> list[dict]:
             whole_lines = path.read_bytes().split(b"\n")[:-1]
             try:
                 log = [json.loads(line) for line in whole_lines]
-            except ValueError:
+                for name in PANELS:
+                    points(log, name)  # fails where a line lacks it
+            except (ValueError, KeyError, TypeError):
                 log = []
-            if not log or not {"taken", "lr"} <= log[0].keys():
+            if not log:
                 raise InputError(f"{path}: has no step yet, or no training wrote it")
             return log
     raise InputError(f"{out}: no log.jsonl in it or in {out}.part; give the --out of a training")
@@ -39,8 +41,8 @@ def points(log: list[dict], name: str) -> np.ndarray:
     if name == "valid":
         pairs = [(line["step"], line["valid"]["rmse"]) for line in log if "valid" in line]
     else:
-        lines = [line for line in log if name in line and (line["taken"] or name == "lr")]
-        pairs = [(line["step"], line[name]) for line in lines]
+        lines = [line for line in log if name in PANELS or name in line]  # of PANELS all, or a KeyError
+        pairs = [(line["step"], line[name]) for line in lines if line["taken"] or name == "lr"]
     return np.array(pairs, dtype=float).reshape(-1, 2).T
 
 
@@ -53,12 +55,13 @@ def draw(logs: dict[str, list[dict]]):
     from matplotlib.figure import Figure
 
     rcParams["text.parse_math"] = False  # a $ in the name of a folder is no formula
-    names = [name for name in PANELS if any(points(log, name).size for log in logs.values())]
+    panels = PANELS | STAGE_3
+    names = [name for name in panels if any(points(log, name).size for log in logs.values())]
     figure = Figure(figsize=(18, 3.5 + len(logs) / 4), layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False)[0]
     for axis, name in zip(axes, names, strict=True):
         positive = all((points(log, name)[1] > 0).all() for log in logs.values())  # not all in stage 3
-        axis.set(title=PANELS[name], xlabel="step", yscale="log" if name in NOISY and positive else "linear")
+        axis.set(title=panels[name], xlabel="step", yscale="log" if name in NOISY and positive else "linear")
         for number, log in enumerate(logs.values()):
             color = f"C{number}"
             steps, values = points(log, name)

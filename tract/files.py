@@ -117,23 +117,28 @@ class Output:
                 chunk = left[: max(1, CHUNK * self.at_once // self.args.num_cots)]
                 new = [record["id"] for record in chunk if record["id"] not in self.lines]
                 if new:
-                    torch.cuda.empty_cache()  # of what the chunk before has left, maybe as memory ran out
                     try:
                         new_fields = judge_chunk(chunk, self.at_once)
                     except torch.OutOfMemoryError:
-                        if self.at_once == 1:
-                            what = "out of memory; lower --max-length or --num-cots"
-                            raise Fault(f"{self.part}: {what}") from None
-                        self.at_once //= 2
-                        tqdm.write(f"out of memory: going on with {self.at_once} sequences at a time")
+                        new_fields = None
+                    if new_fields is None:
+                        self.halve()
                         continue  # with a smaller chunk
                     for record, fields in zip(chunk, new_fields, strict=True):
-                        if record["id"] in new:
+                        if record["id"] not in self.lines:
                             self.lines[record["id"]] = runs.to_line(updated(record, fields)).encode()
                     with open(self.file, "ab") as file:
                         file.writelines(self.lines[id] for id in new)
                     bar.update(len(new))
                 left = left[len(chunk) :]
+
+    def halve(self) -> None:
+        """Go on with half as many sequences at a time. Raises Fault where that is less than one."""
+        if self.at_once == 1:
+            raise Fault(f"{self.part}: out of memory; lower --max-length or --num-cots")
+        torch.cuda.empty_cache()  # only now: the error, until it was handled, held tensors
+        self.at_once //= 2
+        tqdm.write(f"out of memory: going on with {self.at_once} sequences at a time")
 
     def finish(self) -> list[bytes]:
         """Write run.json, then --out in the order of the data, and print what came out; returns the lines."""

@@ -79,7 +79,7 @@ def write_run(path: Path, args: argparse.Namespace, settings: dict, started: flo
         git = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True)
         commit = git.stdout.strip() or None
     inputs = ("model ", "base ", "data", "valid")
-    prefix = "version of "  # as they were when the run began
+    prefix = "version of "  # of the libraries, as they were when the run began
     versions = {name.removeprefix(prefix): x for name, x in settings.items() if name.startswith(prefix)}
     run = {
         "script": Path(sys.argv[0]).name,

@@ -12,7 +12,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from results.tables import filled_table
 
-PEAK = 989e12  # FLOPS of an H200 in bf16, dense
+PEAK = 989e12  # FLOPS of an H100 or H200 in bf16, dense
 
 
 def tables(report: dict) -> str:
